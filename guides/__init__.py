@@ -1,0 +1,1 @@
+"""Variational families, shipped as `pyro_vi_ext.guides`."""

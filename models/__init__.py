@@ -1,0 +1,1 @@
+"""Models that pair with the guides, shipped as `pyro_vi_ext.models`."""
