@@ -121,7 +121,7 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
 
     @staticmethod
     def _finite(estimate: Estimate) -> float:
-        loss = float(estimate.loss)
+        loss = float(estimate.loss.detach())
         check_finite(loss, estimate.terms)
         return loss
 

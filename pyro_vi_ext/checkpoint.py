@@ -1,0 +1,439 @@
+"""Checkpoints of :func:`~pyro_vi_ext.training.fit`: one file, never half written, safe to load.
+
+A checkpoint is replaced in one step by the operating system: the new state is written beside the
+old one, forced to disk, and renamed over it. Whoever kills the process, and whenever, finds either
+the old file or the new one. It holds numbers, strings, tensors and their containers only, so
+``torch.load(weights_only=True)`` reads it and no code in it can run.
+
+Besides the file this module has what must be put into it for a resumed run to repeat the
+uninterrupted one bit for bit: the random states, the state of modules that Pyro's parameter store
+does not see (buffers), and the place in a ``DataLoader``'s epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import random
+import re
+import types
+import zlib
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+FORMAT = "pyro_vi_ext.fit"
+VERSION = 1
+
+
+# The file.
+
+
+def save_checkpoint(path, state: dict) -> None:
+    """Write a state to disk, so that ``path`` is at every moment the old or the new file, whole.
+
+    :param path: the file; its folder must exist.
+    :param state: a dict of numbers, strings, tensors (of any shape; stored on the CPU) and lists,
+        tuples or dicts of these.
+    :raises ValueError: if the state holds anything else, naming where.
+
+    Example::
+
+        >>> import tempfile, torch
+        >>> from pyro_vi_ext.checkpoint import load_checkpoint, save_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/run.pt", {"step": 3, "losses": torch.ones(3)})
+        ...     load_checkpoint(f"{folder}/run.pt")["step"]
+        3
+    """
+    path = Path(path)
+    state = _plain({"format": FORMAT, "version": VERSION, **state}, "")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the renaming itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path) -> dict:
+    """Read a state written by :func:`save_checkpoint`; all tensors arrive on the CPU.
+
+    :raises ValueError: if the file is damaged, or was not written by :func:`save_checkpoint`, or
+        by a later version of it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen types on a damaged file
+        raise ValueError(
+            f"'{path}' cannot be read as a checkpoint: it is truncated, damaged, or another kind "
+            f"of file ({type(error).__name__}). Restore a copy of it, or delete it to start anew."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is not a checkpoint of fit. Give another path to checkpoint=.")
+    if state["version"] != VERSION:
+        raise ValueError(
+            f"'{path}' has checkpoint format {state['version']}, this version of pyro_vi_ext reads "
+            f"{VERSION}. Install the version that wrote it, or delete it to start anew."
+        )
+    return state
+
+
+def remove_stale(path) -> None:
+    """Delete the temporary files that killed writers of ``path`` left behind."""
+    path = Path(path)
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)-[0-9a-f]{8}\.tmp")
+    for file in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(file.name)
+        if match and not _alive(int(match[1])):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return False  # an open file cannot be deleted there anyway
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _plain(value, where: str):
+    """``value`` in types that ``torch.load(weights_only=True)`` accepts."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or type(value) in (bool, int, float, str, bytes, Counter):
+        return value
+    if isinstance(value, (torch.dtype, torch.device, torch.Size)):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
+    if type(value) in (dict, OrderedDict):
+        return {_plain(k, where): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+    raise ValueError(
+        f"The checkpoint cannot hold state{where}, a {type(value).__name__}: only tensors, numbers, "
+        "strings and containers of these can be loaded safely. Keep it out of the state_dict of the "
+        "module, optimizer or scheduler, or turn it into a tensor there."
+    )
+
+
+# Random states.
+
+
+def get_rng_state() -> dict:
+    """The states of the generators of torch (CPU and every CUDA device), ``random`` and NumPy."""
+    name, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Restore what :func:`get_rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    for device, cuda in enumerate(state["cuda"]):
+        if torch.cuda.is_available() and device < torch.cuda.device_count():
+            torch.cuda.set_rng_state(cuda, device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+@contextlib.contextmanager
+def undisturbed(parts: dict[str, torch.nn.Module]):
+    """Run a pass that leaves random states, and the buffers of ``parts``, as they were."""
+    rng = get_rng_state()
+    buffers = [b for part in parts.values() for b in part.buffers() if not is_lazy(b)]
+    saved = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        set_rng_state(rng)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)
+
+
+# Modules: their buffers are in no parameter store.
+
+
+def find_modules(**roots) -> dict[str, torch.nn.Module]:
+    """The modules behind models, guides and losses, by a name that is the same in every process.
+
+    A root may be a module, a method of one, an effect handler or ``partial`` around one, a function
+    that uses modules of its closure or its globals, a method of an object that has modules.
+    """
+    found: dict[str, torch.nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(name, thing):
+        if id(thing) in seen:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, torch.nn.Module):
+            seen.update(id(module) for module in thing.modules())
+            found[name] = thing
+            return
+        for key, child in _children(thing):
+            visit(f"{name}.{key}", child)
+
+    for name, root in roots.items():
+        visit(name, root)
+    return found
+
+
+def _children(thing):
+    if isinstance(thing, functools.partial):  # also every effect handler of Pyro
+        yield from {"func": thing.func, **dict(enumerate(thing.args)), **thing.keywords}.items()
+    elif isinstance(thing, types.MethodType):
+        yield from (("self", thing.__self__), ("func", thing.__func__))
+    elif isinstance(thing, types.FunctionType):
+        for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield name, cell.cell_contents
+        for name in thing.__code__.co_names:
+            if isinstance(thing.__globals__.get(name), torch.nn.Module):
+                yield name, thing.__globals__[name]
+        if hasattr(thing, "__wrapped__"):
+            yield "wrapped", thing.__wrapped__
+    elif not isinstance(thing, (type, types.ModuleType, torch.Tensor)):
+        for name, value in getattr(thing, "__dict__", {}).items():
+            items = value.items() if isinstance(value, dict) else ()
+            items = enumerate(value) if isinstance(value, (list, tuple)) else items
+            for key, item in [("", value), *items]:
+                if isinstance(item, torch.nn.Module):
+                    yield f"{name}.{key}".rstrip("."), item
+
+
+def load_modules(modules: dict[str, torch.nn.Module], saved: dict) -> None:
+    """Copy saved ``state_dict()`` into modules, in place.
+
+    :raises ValueError: if modules, names, shapes or types differ.
+    """
+    match_names("module", modules, saved)
+    for name, module in modules.items():
+        own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+        for key, value in saved[name].items():
+            if key in own and not is_lazy(own[key]):
+                match_tensor(f"'{key}' of module '{name}'", own[key], value)
+        try:
+            module.load_state_dict(saved[name])
+        except RuntimeError as error:
+            raise ValueError(f"The checkpoint does not fit module '{name}': {error}") from error
+
+
+def match_names(what: str, found, saved) -> None:
+    """:raises ValueError: if the two do not have the same names."""
+    missing, new = sorted(set(saved) - set(found)), sorted(set(found) - set(saved))
+    if missing or new:
+        raise ValueError(
+            "The checkpoint is of another model, guide or loss."
+            + (f" It has {what} {_quoted(missing)}, which does not exist here." if missing else "")
+            + (f" It lacks {what} {_quoted(new)}." if new else "")
+            + " Resume with the code that wrote it, or give another path to checkpoint=."
+        )
+
+
+def match_tensor(what: str, found: torch.Tensor, saved: torch.Tensor) -> None:
+    """:raises ValueError: if the two differ in shape or type."""
+    if found.shape != saved.shape or found.dtype != saved.dtype:
+        raise ValueError(
+            f"The checkpoint has {what} of shape {tuple(saved.shape)} and type {saved.dtype}; here "
+            f"it has shape {tuple(found.shape)} and type {found.dtype}. Resume with the code that "
+            "wrote it, or give another path to checkpoint=."
+        )
+
+
+def _quoted(names) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+# The place in an epoch.
+
+
+class Minibatches:
+    """The arguments of each step: as given, or with a ``DataLoader`` replaced by its next batch.
+
+    Under one seed the batches are those of ``for batch in loader``, epoch after epoch.
+
+    :raises ValueError: if there are two loaders, one is a keyword argument, or one has no batches.
+    :raises NotImplementedError: if the loader's dataset is an ``IterableDataset``.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict):
+        self.args, self.kwargs = args, kwargs
+        where = [i for i, arg in enumerate(args) if isinstance(arg, DataLoader)]
+        if any(isinstance(value, DataLoader) for value in kwargs.values()) or len(where) > 1:
+            raise ValueError(
+                "fit takes at most one DataLoader, as a positional argument. Join the datasets "
+                "(torch.utils.data.StackDataset) and give one loader."
+            )
+        self.place = where[0] if where else None
+        self._pending = self._batches = None
+        self._index = 0  # batches of this epoch that were used
+        if where:
+            self._open(args[self.place])
+
+    def _open(self, loader: DataLoader):
+        if isinstance(loader.dataset, IterableDataset):
+            raise NotImplementedError(
+                "fit cannot resume in the middle of an IterableDataset. Use a map-style dataset "
+                "(with __getitem__ and __len__)."
+            )
+        self._sampler = _EpochSampler(loader)
+        self._loader = copy.copy(loader)  # a subclass of DataLoader keeps its ways
+        key = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        self._loader.__dict__.update({key: self._sampler, "_iterator": None})
+
+    def peek(self) -> tuple:
+        """The positional arguments of the next step."""
+        if self.place is None:
+            return self.args
+        if self._pending is None:
+            self._pending = (self._next_batch(),)
+        batch = self._pending[0]
+        batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+        return (*self.args[: self.place], *batch, *self.args[self.place + 1 :])
+
+    def take(self) -> tuple:
+        """The positional arguments of the next step, which now counts as used."""
+        args = self.peek()
+        self._pending = None
+        self._index += 1
+        return args
+
+    def _next_batch(self):
+        for _ in range(2):
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            batch = next(self._batches, self)
+            if batch is not self:
+                return batch
+            self._batches, self._index = None, 0
+        raise ValueError(
+            "The DataLoader has no batches: its dataset is empty, or smaller than a batch with "
+            "drop_last=True. Use a smaller batch_size."
+        )
+
+    def state(self) -> dict | None:
+        """Where the epoch stands; ``None`` without a loader."""
+        if self.place is None:
+            return None
+        return {
+            "index": self._index,
+            "length": len(self._sampler.order),
+            "digest": self._sampler.digest(),
+            "epoch": self._sampler.epoch_start,
+            "generators": self._sampler.generator_states(),
+        }
+
+    def restore(self, state: dict | None, rng: dict) -> None:
+        """Return to a saved place, and to the random state ``rng`` of that moment.
+
+        :raises ValueError: if there is a loader now and was none then, or the other way round.
+        """
+        if (state is None) != (self.place is None):
+            now, then = ("no", "one") if self.place is None else ("a", "none")
+            raise ValueError(
+                f"There is {now} DataLoader among the arguments, and the checkpoint was written "
+                f"with {then}. Resume with the arguments it was written with."
+            )
+        self._pending = self._batches = None
+        if state is not None:
+            self._sampler.set_generators(state["generators"])
+            self._index = state["index"]
+            if self._index < state["length"]:
+                self._sampler.resume = (state, rng)
+                self._batches = iter(self._loader)
+        set_rng_state(rng)
+
+
+class _EpochSampler:
+    """Draws the whole order of an epoch at once, and starts it where a checkpoint left it.
+
+    The used batches are skipped here, so none of their data are loaded. What is drawn meanwhile
+    (the epoch's order, once more) leaves no trace: the random states of the moment of saving are
+    restored before the next batch is loaded.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.base = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        inner = (loader.sampler, loader.batch_sampler, getattr(self.base, "sampler", None))
+        owned = [getattr(thing, "generator", None) for thing in (loader, *inner)]
+        self.generators = list({id(g): g for g in owned if g is not None}.values())
+        self.resume = None
+        self.order: list = []
+        self.epoch_start: dict = {}
+        self._digest = None
+
+    def __iter__(self):
+        resume, self.resume, self._digest = self.resume, None, None
+        if resume is not None:
+            state, rng = resume
+            set_rng_state(state["epoch"]["rng"])
+            self.set_generators(state["epoch"]["generators"])
+        self.epoch_start = {"rng": get_rng_state(), "generators": self.generator_states()}
+        self.order = list(self.base)
+        start = 0
+        if resume is not None:
+            if self.digest() != state["digest"]:
+                raise ValueError(
+                    "The DataLoader's order of the epoch cannot be repeated: the dataset's length, "
+                    "the batch size or the sampler has changed, or the sampler draws from a "
+                    "generator of its own that it does not show as `.generator`."
+                )
+            start = state["index"]
+            set_rng_state(rng)
+            self.set_generators(state["generators"])
+        yield from self.order[start:]
+
+    def __len__(self):
+        return len(self.base)
+
+    def digest(self) -> int:
+        if self._digest is None:
+            self._digest = zlib.crc32(repr(self.order).encode())
+        return self._digest
+
+    def generator_states(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def set_generators(self, states: list[torch.Tensor]) -> None:
+        if len(states) != len(self.generators):
+            raise ValueError(
+                f"The DataLoader has {len(self.generators)} generators of its own, and had "
+                f"{len(states)} when the checkpoint was written. Give it the same ones."
+            )
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,324 @@
+"""Every public objective, through every entry point, on every kind of guide.
+
+A new objective joins by being added to OBJECTIVES.
+"""
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+)
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+from torch.distributions import constraints
+
+import pyro_vi_ext
+from pyro_vi_ext.guides import AutoSemiImplicit
+from pyro_vi_ext.objective import Objective
+
+OBJECTIVES = {
+    "SemiImplicitELBO": pyro_vi_ext.SemiImplicitELBO,
+    "SemiImplicitELBO-upper": lambda **kw: pyro_vi_ext.SemiImplicitELBO(
+        num_mixing_particles=3, bound="upper", **kw
+    ),
+    "SemiImplicitELBO-iw": lambda **kw: pyro_vi_ext.SemiImplicitELBO(
+        num_mixing_particles=3, importance_weighted=True, **kw
+    ),
+}
+
+TRAINED = [name for name in OBJECTIVES if "upper" not in name]  # upper bounds are for evaluation
+
+DATA = torch.tensor([0.3, -1.2, 0.8, 1.9, -0.4, 0.1])
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    pyro.clear_param_store()
+
+
+# --- the pairs -------------------------------------------------------------------------------
+
+
+def regression(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+
+def local(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def local_subsampled(x):
+    with pyro.plate("data", len(x), subsample_size=3) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[index])
+
+
+def local_masked(x):
+    with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) != 2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def imputing(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x, obs_mask=torch.arange(len(x)) != 2)
+
+
+def with_params(x):
+    loc = pyro.param("q_loc", lambda: torch.tensor(0.1))
+    scale = pyro.param("q_scale", lambda: torch.tensor(0.5), constraint=constraints.positive)
+    pyro.sample("loc", dist.Normal(loc, scale))
+    pyro.sample("scale", dist.LogNormal(0.0, scale))
+
+
+def amortised(plate):
+    torch.manual_seed(0)
+    net = nn.Linear(1, 2)
+
+    def guide(x):
+        pyro.module("net", net)
+        with plate(x) as index:
+            mean, log_scale = net(x[index].unsqueeze(-1)).unbind(-1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()))
+
+    return guide
+
+
+class WithPyroParams(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.q_loc = PyroParam(torch.tensor(0.1))
+        self.q_scale = PyroParam(torch.tensor(0.5), constraints.positive)
+        self.net = PyroModule[nn.Linear](1, 1)
+
+    def forward(self, x):
+        loc = pyro.sample("loc", dist.Normal(self.q_loc, self.q_scale))
+        pyro.sample("scale", dist.LogNormal(self.net(loc.unsqueeze(-1)).squeeze(-1), 0.3))
+
+
+def semi_implicit_global():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 2)
+
+    def guide(x):
+        pyro.module("net", net)
+        noise = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        psi = pyro.sample("psi", noise, infer={"is_auxiliary": True})
+        mean = net(psi)
+        pyro.sample("loc", dist.Normal(mean[..., 0], 0.3))
+        pyro.sample("scale", dist.LogNormal(mean[..., 1], 0.3))
+
+    return guide
+
+
+def semi_implicit_local(plate):
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1)
+
+    def guide(x):
+        pyro.module("net", net)
+        with plate(x) as index:
+            psi = pyro.sample("psi", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            mean = net(torch.stack([psi, x[index].expand(psi.shape)], -1)).squeeze(-1)
+            pyro.sample("z", dist.Normal(mean, 0.5))
+
+    return guide
+
+
+def auto_list(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, expose=["loc"])))
+    guide.append(AutoDiagonalNormal(poutine.block(model, expose=["scale"])))
+    return guide
+
+
+def full(x):
+    return pyro.plate("data", len(x))
+
+
+def subsampled(x):
+    return pyro.plate("data", len(x), subsample_size=3)
+
+
+def scaled(model):
+    return poutine.scale(model, scale=0.3)
+
+
+def annealed(guide):
+    return poutine.scale(guide, scale=0.3)
+
+
+PAIRS = {
+    "param": lambda: (regression, with_params),
+    "module": lambda: (local, amortised(full)),
+    "PyroModule": lambda: (regression, WithPyroParams()),
+    "AutoNormal": lambda: (regression, AutoNormal(regression)),
+    "AutoNormal-local": lambda: (local, AutoNormal(local)),
+    "AutoDiagonalNormal": lambda: (regression, AutoDiagonalNormal(regression)),
+    "AutoMultivariateNormal": lambda: (regression, AutoMultivariateNormal(regression)),
+    "AutoLowRank": lambda: (regression, AutoLowRankMultivariateNormal(regression)),
+    "AutoIAFNormal": lambda: (regression, AutoIAFNormal(regression, hidden_dim=[4])),
+    "AutoGuideList": lambda: (regression, auto_list(regression)),
+    "AutoNormalMessenger": lambda: (regression, AutoNormalMessenger(regression)),
+    "AutoSemiImplicit": lambda: (regression, AutoSemiImplicit(regression, hidden_dims=(4,))),
+    "semi-implicit": lambda: (regression, semi_implicit_global()),
+    "semi-implicit-local": lambda: (local, semi_implicit_local(full)),
+    "subsampled": lambda: (local_subsampled, amortised(subsampled)),
+    "subsampled-AutoNormal": lambda: (local_subsampled, AutoNormal(local_subsampled)),
+    "subsampled-semi-implicit": lambda: (local_subsampled, semi_implicit_local(subsampled)),
+    "masked-AutoNormal": lambda: (local_masked, AutoNormal(local_masked)),
+    "masked-AutoMultivariateNormal": lambda: (local_masked, AutoMultivariateNormal(local_masked)),
+    "imputing-AutoNormal": lambda: (imputing, AutoNormal(imputing)),
+    "scaled": lambda: (scaled(regression), annealed(with_params)),
+}
+
+PARTICLES = {
+    "one": dict(num_particles=1),
+    "vectorised": dict(num_particles=3),
+    "sequential": dict(num_particles=3, vectorize_particles=False),
+}
+
+
+@pytest.fixture(params=PARTICLES, ids=str)
+def particles(request):
+    return PARTICLES[request.param]
+
+
+@pytest.fixture(params=OBJECTIVES, ids=str)
+def make_objective(request, particles):
+    return lambda: OBJECTIVES[request.param](**particles)
+
+
+@pytest.fixture(params=PAIRS, ids=str)
+def name(request):
+    return request.param
+
+
+def seeded(fn, *args):
+    torch.manual_seed(1)
+    return fn(*args)
+
+
+def test_every_public_objective_is_listed():
+    public = {n for n in pyro_vi_ext.__all__ if isinstance(getattr(pyro_vi_ext, n), type)}
+    public = {n for n in public if issubclass(getattr(pyro_vi_ext, n), Objective)}
+    assert public == {name.split("-")[0] for name in OBJECTIVES}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_entry_points_agree(make_objective, name, dtype):
+    torch.set_default_dtype(dtype)
+    model, guide = PAIRS[name]()
+    x = DATA.to(dtype)
+    objective = make_objective()
+    module = objective(model, guide)
+
+    first = seeded(module, x)  # creates the parameters
+    parameters = list(module.parameters())
+    assert parameters and len({id(p) for p in parameters}) == len(parameters)
+    assert all(p.is_leaf and p.requires_grad for p in parameters)
+
+    loss = seeded(objective.loss, model, guide, x)
+    assert isinstance(loss, float)
+    assert first.item() == pytest.approx(loss, rel=0, abs=1e-9 if first.dtype == torch.float64 else 1e-4)
+    differentiable = seeded(objective.differentiable_loss, model, guide, x)
+    assert differentiable.dim() == 0 and differentiable.item() == loss
+    assert differentiable.dtype == torch.get_default_dtype()
+    grads = torch.autograd.grad(differentiable, parameters, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in grads)
+
+    for p in parameters:
+        p.grad = None
+    assert seeded(objective.loss_and_grads, model, guide, x) == loss
+    for p, g in zip(parameters, grads, strict=True):
+        assert (p.grad is None) == (g is None)
+        assert g is None or torch.equal(p.grad, g)
+
+    for p in parameters:
+        p.grad = None
+    seeded(module, x).backward()
+    for p, g in zip(parameters, grads, strict=True):
+        assert g is None or torch.equal(p.grad, g)
+
+    for p in parameters:
+        p.grad = None
+    before = [p.detach().clone() for p in parameters]
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), loss=objective)
+    assert seeded(svi.step, x) == loss
+    assert seeded(svi.evaluate_loss, x) != loss
+    for p, b, g in zip(parameters, before, grads, strict=True):
+        if g is not None:
+            torch.testing.assert_close(p.detach(), b - 1e-3 * g, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("trained", TRAINED)
+def test_torch_optimizer_lowers_the_loss(trained, name):
+    model, guide = PAIRS[name]()
+    x = DATA.to(torch.float64)
+    objective = OBJECTIVES[trained](num_particles=3)
+    module = objective(model, guide)
+    module(x)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3)
+    before = sum(seeded(lambda: [module(x).item() for _ in range(20)]))
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    for _ in range(40):
+        optimizer.zero_grad()
+        module(x).backward()
+        optimizer.step()
+    after = sum(seeded(lambda: [module(x).item() for _ in range(20)]))
+    assert after < before
+
+
+def test_set_up_leaves_the_random_state_alone(make_objective, name):
+    model, guide = PAIRS[name]()
+    x = DATA.to(torch.float64)
+    objective = make_objective()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    objective._structure(model, guide, (x,), {})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+NO_MIXING = [n for n in PAIRS if "semi" not in n.lower() and not n.startswith(("masked", "imput"))]
+
+
+@pytest.mark.parametrize("name", NO_MIXING)
+def test_without_mixing_sites_equals_stock_trace_elbo(name):
+    """Same seed, same draws, same number: the reference is Pyro's own ELBO and its gradient."""
+    model, guide = PAIRS[name]()
+    x = DATA.to(torch.float64)
+    objective = pyro_vi_ext.SemiImplicitELBO(num_mixing_particles=7)
+    module = objective(model, guide)
+    seeded(module, x)
+    parameters = list(module.parameters())
+    ours = seeded(module, x)
+    stock = seeded(Trace_ELBO().differentiable_loss, model, guide, x)
+    torch.testing.assert_close(ours, stock)
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, allow_unused=True),
+        torch.autograd.grad(stock, parameters, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
