@@ -80,15 +80,15 @@ def load_checkpoint(path) -> dict:
     :raises ValueError: if the file is damaged, or was not written by :func:`save_checkpoint`, or
         by a later version of it.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises half a dozen types on a damaged file
-        raise ValueError(
-            f"'{path}' cannot be read as a checkpoint: it is truncated, damaged, or another kind "
-            f"of file ({type(error).__name__}). Restore a copy of it, or delete it to start anew."
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types on a damaged file
+            raise ValueError(
+                f"'{path}' cannot be read as a checkpoint: it is truncated, damaged, or another "
+                f"kind of file ({type(error).__name__}). Restore a copy of it, or delete it to "
+                "start anew."
+            ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not a checkpoint of fit. Give another path to checkpoint=.")
     if state["version"] != VERSION:
@@ -137,9 +137,9 @@ def _plain(value, where: str):
     if type(value) in (dict, OrderedDict):
         return {_plain(k, where): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
     raise ValueError(
-        f"The checkpoint cannot hold state{where}, a {type(value).__name__}: only tensors, numbers, "
-        "strings and containers of these can be loaded safely. Keep it out of the state_dict of the "
-        "module, optimizer or scheduler, or turn it into a tensor there."
+        f"The checkpoint cannot hold state{where}, a {type(value).__name__}: only tensors, "
+        "numbers, strings and containers of these can be loaded safely. Keep it out of the "
+        "state_dict of the module, optimizer or scheduler, or turn it into a tensor there."
     )
 
 
@@ -232,7 +232,7 @@ def _children(thing):
             items = value.items() if isinstance(value, dict) else ()
             items = enumerate(value) if isinstance(value, (list, tuple)) else items
             for key, item in [("", value), *items]:
-                if isinstance(item, torch.nn.Module):
+                if isinstance(item, torch.nn.Module) and isinstance(key, (str, int)):
                     yield f"{name}.{key}".rstrip("."), item
 
 
@@ -243,12 +243,13 @@ def load_modules(modules: dict[str, torch.nn.Module], saved: dict) -> None:
     """
     match_names("module", modules, saved)
     for name, module in modules.items():
-        own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
-        for key, value in saved[name].items():
-            if key in own and not is_lazy(own[key]):
+        own, state = module.state_dict(), OrderedDict(saved[name])
+        state._metadata = getattr(own, "_metadata", {})  # versions, lost among plain containers
+        for key, value in state.items():
+            if isinstance(own.get(key), torch.Tensor) and not is_lazy(own[key]):
                 match_tensor(f"'{key}' of module '{name}'", own[key], value)
         try:
-            module.load_state_dict(saved[name])
+            module.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"The checkpoint does not fit module '{name}': {error}") from error
 
@@ -292,7 +293,7 @@ class Minibatches:
     """
 
     def __init__(self, args: tuple, kwargs: dict):
-        self.args, self.kwargs = args, kwargs
+        self.args = args
         where = [i for i, arg in enumerate(args) if isinstance(arg, DataLoader)]
         if any(isinstance(value, DataLoader) for value in kwargs.values()) or len(where) > 1:
             raise ValueError(
@@ -336,11 +337,13 @@ class Minibatches:
     def _next_batch(self):
         for _ in range(2):
             if self._batches is None:
+                if self._sampler.resume is None:
+                    self._index = 0
                 self._batches = iter(self._loader)
             batch = next(self._batches, self)
             if batch is not self:
                 return batch
-            self._batches, self._index = None, 0
+            self._batches = None
         raise ValueError(
             "The DataLoader has no batches: its dataset is empty, or smaller than a batch with "
             "drop_last=True. Use a smaller batch_size."
@@ -375,7 +378,6 @@ class Minibatches:
             self._index = state["index"]
             if self._index < state["length"]:
                 self._sampler.resume = (state, rng)
-                self._batches = iter(self._loader)
         set_rng_state(rng)
 
 

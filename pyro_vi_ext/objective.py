@@ -12,6 +12,7 @@ import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer.elbo import ELBO, ELBOModule
@@ -141,13 +142,26 @@ class ObjectiveModule(ELBOModule):
     def __init__(self, model, guide, objective: Objective):
         super().__init__(model, guide, objective)
         self._captured: dict[str, torch.Tensor] = {}
+        self._store_size = 0
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
+        if self._captured and not self._stale():
+            return super().forward(*args, **kwargs)
         with poutine.trace(param_only=True) as capture:
             loss = super().forward(*args, **kwargs)
+        self._captured = {}
         for name, site in capture.trace.nodes.items():
-            self._captured[name] = site["value"].unconstrained()
+            value = site["value"]  # a bare leaf under Pyro's module_local_params
+            self._captured[name] = getattr(value, "unconstrained", lambda v=value: v)()
+        self._store_size = len(pyro.get_param_store())
         return loss
+
+    def _stale(self) -> bool:
+        """Whether the parameter store has gained, lost or replaced leaves since the last look."""
+        stored = dict(pyro.get_param_store().named_parameters())
+        if len(stored) != self._store_size:
+            return True
+        return any(stored.get(name, leaf) is not leaf for name, leaf in self._captured.items())
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

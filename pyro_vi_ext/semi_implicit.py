@@ -158,8 +158,16 @@ class SemiImplicitELBO(Objective):
         return Estimate(-bound, terms=everything)
 
 
-def semi_implicit_terms(run: Run, num_mixing_particles: int, bound: str) -> list[list[Term]]:
-    """The terms of each pair of a run, with log h_K in place of the averaged conditionals."""
+def semi_implicit_terms(
+    run: Run, num_mixing_particles: int, bound: str, pathwise: bool = True
+) -> list[list[Term]]:
+    """The terms of each pair of a run, with log h_K in place of the averaged conditionals.
+
+    :param pathwise: refuse sites that are not reparameterised; without it only values are right.
+    """
+    if pathwise:
+        for pair in run.pairs:
+            _check_reparameterised(run, pair)
     shared_psi: list[dict] = []
     return [
         _pair_terms(run, pair, num_mixing_particles, bound == "lower", shared_psi)
@@ -168,7 +176,6 @@ def semi_implicit_terms(run: Run, num_mixing_particles: int, bound: str) -> list
 
 
 def _pair_terms(run, pair, num_extra, own_included, shared_psi) -> list[Term]:
-    _check_reparameterised(run, pair)
     scored = pair_terms(run, pair)
     averaged = [scored.guide.pop(name) for name in run.roles.given_mixing()]
     terms = [*scored.model, *scored.guide.values()]

@@ -20,8 +20,8 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
-from pyro.util import check_model_guide_match
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.util import check_model_guide_match, check_site_shape
 
 from pyro_vi_ext.roles import GuideRoles, guide_roles
 
@@ -102,6 +102,11 @@ class Structure:
         """Run the pair once; random state and gradients are as they were before."""
         with torch.random.fork_rng(), torch.no_grad(), poutine.block():
             pair = _trace_pair(model, guide, args, kwargs)
+            if is_validation_enabled():  # weaker later: dims left of the plates hold the particles
+                for trace in (pair.model, pair.guide):
+                    trace.compute_log_prob()
+                    for site in sample_sites(trace).values():
+                        check_site_shape(site, float("inf"))
         sites = [*sample_sites(pair.model).values(), *sample_sites(pair.guide).values()]
         if max_plate_nesting == float("inf"):
             dims = [f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
@@ -116,7 +121,7 @@ class Structure:
 
 @dataclass
 class TracePair:
-    """A guide trace and the model trace replayed against it, without the subsample sites."""
+    """A guide trace and the model trace replayed against it."""
 
     guide: Trace
     model: Trace
@@ -166,33 +171,41 @@ def trace_inside(fn, args, kwargs, *messengers) -> Trace:
 class Run:
     """One evaluation of a model/guide pair by an objective.
 
+    :param subsample: a :class:`SharedSubsample`, if its indices are known beforehand.
+    :param given: values of guide sites that are not to be drawn, one dict for each pair.
     :ivar pairs: the particles' traces: a single vectorised :class:`TracePair` whose sites have the
         particles along ``particle_dim``, or ``num_particles`` pairs without such a dimension.
     :ivar roles: the :class:`~pyro_vi_ext.roles.GuideRoles` of the guide.
     :ivar particle_dim: batch dimension of the particle plate, left of all plates of the model.
     """
 
-    def __init__(self, structure, model, guide, args, kwargs, *, num_particles, vectorized):
+    def __init__(
+        self,
+        structure,
+        model,
+        guide,
+        args,
+        kwargs,
+        *,
+        num_particles,
+        vectorized,
+        subsample=None,
+        given=None,
+    ):
         self.structure = structure
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.num_particles = num_particles
         self.vectorized = vectorized
-        self.subsample = SharedSubsample()
+        self.subsample = SharedSubsample() if subsample is None else subsample
         self.particle_dim = -structure.max_plate_nesting - 1
-        if vectorized:
-            plate = self.outer_plate(PARTICLE_PLATE, num_particles)
-            self.pairs = [_trace_pair(model, guide, args, kwargs, plate, self.subsample)]
-        else:
-            self.pairs = [
-                _trace_pair(model, guide, args, kwargs, self.subsample)
-                for _ in range(num_particles)
-            ]
+        outer = [self.outer_plate(PARTICLE_PLATE, num_particles)] if vectorized else []
+        given = [{}] * (1 if vectorized else num_particles) if given is None else given
+        self.pairs = [
+            _trace_pair(model, guide, args, kwargs, *outer, self.subsample, *known)
+            for known in ([Substitute(values)] if values else [] for values in given)
+        ]
         for pair in self.pairs:
             self._check(pair)
-        self.pairs = [
-            TracePair(prune_subsample_sites(p.guide), prune_subsample_sites(p.model))
-            for p in self.pairs
-        ]
 
     def outer_plate(self, name: str, size: int) -> OuterPlate:
         """A plate left of all the model's plates."""
@@ -200,8 +213,7 @@ class Run:
 
     def trace_guide(self, *messengers) -> Trace:
         """Trace the guide again on the same subsample, inside further messengers."""
-        trace = trace_inside(self.guide, self.args, self.kwargs, *messengers, self.subsample)
-        return prune_subsample_sites(trace)
+        return trace_inside(self.guide, self.args, self.kwargs, *messengers, self.subsample)
 
     @property
     def roles(self) -> GuideRoles:

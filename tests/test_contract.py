@@ -239,7 +239,9 @@ def test_entry_points_agree(make_objective, name, dtype):
 
     loss = seeded(objective.loss, model, guide, x)
     assert isinstance(loss, float)
-    assert first.item() == pytest.approx(loss, rel=0, abs=1e-9 if first.dtype == torch.float64 else 1e-4)
+    assert first.item() == pytest.approx(
+        loss, rel=0, abs=1e-9 if first.dtype == torch.float64 else 1e-4
+    )
     differentiable = seeded(objective.differentiable_loss, model, guide, x)
     assert differentiable.dim() == 0 and differentiable.item() == loss
     assert differentiable.dtype == torch.get_default_dtype()

@@ -89,7 +89,9 @@ def test_lower_bound_equals_quadrature(num_mixing):
 @pytest.mark.parametrize("num_mixing", [1, 2])
 def test_upper_bound_equals_quadrature(num_mixing):
     expected = upper_by_quadrature(num_mixing, standard_normal, 32)
-    assert_within(SemiImplicitELBO(200, num_mixing, bound="upper"), model, guide, expected, repeats=600)
+    assert_within(
+        SemiImplicitELBO(200, num_mixing, bound="upper"), model, guide, expected, repeats=600
+    )
 
 
 @pytest.mark.parametrize("particles", [1, 5])
@@ -218,9 +220,7 @@ def test_conditional_on_a_conditional_and_the_noise():
     psi, extra = nodes[0], nodes[3]
     a = RHO * psi + S * nodes[1]
     b = a + 0.5 * psi + 0.9 * nodes[2]
-    columns = [
-        log_normal(a, RHO * p, S) + log_normal(b, a + 0.5 * p, 0.9) for p in (psi, extra)
-    ]
+    columns = [log_normal(a, RHO * p, S) + log_normal(b, a + 0.5 * p, 0.9) for p in (psi, extra)]
     log_h = torch.logaddexp(*columns) - math.log(2)
     expected = (w * (standard_normal(a) + log_normal(b, a, 1.0) - log_h)).sum()
     for objective, repeats in [
@@ -381,9 +381,7 @@ def test_learned_discrete_noise_is_refused_and_fixed_noise_is_not():
 
     SemiImplicitELBO().differentiable_loss(target, noisy, torch.tensor(0.0))
     with pytest.raises(ValueError, match="Mixing site 'psi' is not reparameterised"):
-        SemiImplicitELBO().differentiable_loss(
-            target, noisy, torch.tensor(0.0, requires_grad=True)
-        )
+        SemiImplicitELBO().differentiable_loss(target, noisy, torch.tensor(0.0, requires_grad=True))
 
 
 def test_delta_of_a_mixing_site_is_refused():

@@ -1,0 +1,142 @@
+"""Cost of SemiImplicitELBO beside Trace_ELBO and a hand-written PyTorch loop, in one run.
+
+All three train the published guide (noise 10, ReLU 40-60-40, fixed sigma) of the negative binomial
+on the mite counts with J = 50 draws, Adam, and the same dtype. The hand-written loop has no Pyro in
+it: plain tensors and formulas. Steps alternate between the contestants, so that drift of the
+machine's speed hits all alike; the figures are medians of rounds, the ratios medians of the rounds'
+ratios.
+
+    python benchmarks/semi_implicit.py [--rounds 15] [--steps 40] [--device cpu] [--validate]
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import time
+
+import pyro
+import torch
+from memory import peak_bytes
+from pyro.infer import Trace_ELBO
+
+from pyro_vi_ext import SemiImplicitELBO
+from pyro_vi_ext.guides import NegativeBinomialSemiImplicit
+from pyro_vi_ext.models import load_mites, negative_binomial
+
+J = 50
+SIGMA = 0.1
+
+
+class HandWritten:
+    """The same maths in plain PyTorch: nothing but tensors, autograd and Adam."""
+
+    def __init__(self, x, num_mixing):
+        self.x, self.num_mixing = x, num_mixing
+        sizes = (10, 40, 60, 40, 2)
+        layers = []
+        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
+        self.net = torch.nn.Sequential(*layers[:-1]).to(x.device, x.dtype)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+        self.lgamma_x = torch.lgamma(x + 1).sum()
+
+    def loss(self):
+        x, k = self.x, self.num_mixing
+        mean = self.net(torch.randn(J, 10, device=x.device, dtype=x.dtype))
+        u = mean + SIGMA * torch.randn_like(mean)  # (log r, logit p)
+        log_r, logit_p = u[:, :1], u[:, 1:]
+        r = log_r.exp()
+        log_p, log_1p = (torch.nn.functional.logsigmoid(s * logit_p) for s in (1.0, -1.0))
+        log_lik = (torch.lgamma(x + r) - torch.lgamma(r) + x * log_p + r * log_1p).sum(
+            -1, keepdim=True
+        ) - self.lgamma_x
+        a = b = alpha = beta = 0.01
+        log_prior = (a - 1) * log_r - b * r + a * math.log(b) - math.lgamma(a)
+        log_prior = log_prior + (alpha - 1) * log_p + (beta - 1) * log_1p
+        log_prior = log_prior + math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta)
+        constant = -2 * (0.5 * math.log(2 * math.pi) + math.log(SIGMA))
+        log_q = constant - 0.5 * ((u - mean) / SIGMA).square().sum(-1)
+        if k:
+            extra = self.net(torch.randn(k, 10, device=x.device, dtype=x.dtype))
+            columns = constant - 0.5 * ((u[:, None] - extra) / SIGMA).square().sum(-1)
+            log_q = torch.logaddexp(log_q, columns.logsumexp(1)) - math.log(k + 1)
+        log_q = log_q - (log_r + log_p + log_1p).squeeze(-1)
+        return -(log_lik + log_prior).mean() + log_q.mean()
+
+    def step(self):
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+class WithPyro:
+    """`objective(model, guide)` with the same optimizer."""
+
+    def __init__(self, x, objective):
+        self.x = x
+        guide = NegativeBinomialSemiImplicit(scale=SIGMA).to(x.device, x.dtype)
+        self.module = objective(negative_binomial, guide)
+        self.module(x)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-3)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        loss = self.module(self.x)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def contestants(x, num_mixing):
+    with pyro.settings.context(module_local_params=True):
+        ours = WithPyro(x, SemiImplicitELBO(J, num_mixing))
+        stock = WithPyro(x, Trace_ELBO(J, vectorize_particles=True, max_plate_nesting=1))
+    return {"SemiImplicitELBO": ours, "Trace_ELBO": stock, "hand-written": HandWritten(x, num_mixing)}
+
+
+def measure(x, num_mixing, rounds, steps):
+    with pyro.settings.context(module_local_params=True):
+        runners = contestants(x, num_mixing)
+        times = {name: [] for name in runners}
+        for round_ in range(rounds + 1):
+            for name, runner in runners.items():
+                start = time.perf_counter()
+                for _ in range(steps):
+                    runner.step()
+                if round_:  # the first one warms up
+                    times[name].append((time.perf_counter() - start) / steps)
+        memory = {name: peak_bytes(runner.step, x.device) for name, runner in runners.items()}
+    return times, memory
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+    pyro.enable_validation(args.validate)
+    x = load_mites(dtype=torch.float32).to(args.device)
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    print(f"torch {torch.__version__}, pyro {pyro.__version__}, python {platform.python_version()}")
+    print(f"{args.device}: {hardware}, {torch.get_num_threads()} threads, seed {args.seed}")
+    print(f"J = {J}, float32, validation {'on' if args.validate else 'off'} (Pyro, not hand-written)")
+    print(f"\n{'K':>5} {'objective':>18} {'steps/s':>9} {'x hand-written':>15} {'peak MB':>8}")
+    for num_mixing in args.num_mixing:
+        times, memory = measure(x, num_mixing, args.rounds, args.steps)
+        for name, values in times.items():
+            ratios = [a / b for a, b in zip(values, times["hand-written"], strict=True)]
+            print(
+                f"{num_mixing:>5} {name:>18} {1 / statistics.median(values):>9.0f} "
+                f"{statistics.median(ratios):>15.2f} {memory[name] / 2**20:>8.2f}"
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-mixing", type=int, nargs="+", default=[0, 20, 100, 1000])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--validate", action="store_true", help="with Pyro's validation on")
+    main(parser.parse_args())
