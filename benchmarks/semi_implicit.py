@@ -17,6 +17,7 @@ import time
 
 import pyro
 import torch
+import torch.distributions as td
 from memory import peak_bytes
 from pyro.infer import Trace_ELBO
 
@@ -72,6 +73,39 @@ class HandWritten:
         return loss.item()
 
 
+class HandWrittenDistributions(HandWritten):
+    """The same without Pyro, but with the densities of torch.distributions."""
+
+    def loss(self):
+        x, k = self.x, self.num_mixing
+        mean = self.net(torch.randn(J, 10, device=x.device, dtype=x.dtype))
+        q_r, q_p = self.conditionals(mean)
+        r, p = q_r.rsample(), q_p.rsample()
+        log_q = q_r.log_prob(r) + q_p.log_prob(p)
+        if k:
+            extra_r, extra_p = self.conditionals(
+                self.net(torch.randn(k, 10, device=x.device, dtype=x.dtype))
+            )
+            columns = extra_r.log_prob(r[:, None]) + extra_p.log_prob(p[:, None])
+            log_q = torch.logaddexp(log_q, columns.logsumexp(1)) - math.log(k + 1)
+        prior_r = td.Gamma(self.hyper, self.hyper, validate_args=False)
+        prior_p = td.Beta(self.hyper, self.hyper, validate_args=False)
+        likelihood = td.NegativeBinomial(r[:, None], p[:, None], validate_args=False)
+        log_p = prior_r.log_prob(r) + prior_p.log_prob(p) + likelihood.log_prob(x).sum(-1)
+        return (log_q - log_p).mean()
+
+    def __init__(self, x, num_mixing):
+        super().__init__(x, num_mixing)
+        self.hyper = x.new_tensor(0.01)
+        self.sigmoid = [td.SigmoidTransform()]
+
+    def conditionals(self, mean):
+        mu_r, mu_p = mean.unbind(-1)
+        normal = td.Normal(mu_p, SIGMA, validate_args=False)
+        q_p = td.TransformedDistribution(normal, self.sigmoid, validate_args=False)
+        return td.LogNormal(mu_r, SIGMA, validate_args=False), q_p
+
+
 class WithPyro:
     """`objective(model, guide)` with the same optimizer."""
 
@@ -94,7 +128,12 @@ def contestants(x, num_mixing):
     with pyro.settings.context(module_local_params=True):
         ours = WithPyro(x, SemiImplicitELBO(J, num_mixing))
         stock = WithPyro(x, Trace_ELBO(J, vectorize_particles=True, max_plate_nesting=1))
-    return {"SemiImplicitELBO": ours, "Trace_ELBO": stock, "hand-written": HandWritten(x, num_mixing)}
+    return {
+        "SemiImplicitELBO": ours,
+        "Trace_ELBO": stock,
+        "torch.distributions": HandWrittenDistributions(x, num_mixing),
+        "hand-written": HandWritten(x, num_mixing),
+    }
 
 
 def measure(x, num_mixing, rounds, steps):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -180,7 +180,7 @@ def _output(format: str):
                 f"format='inferencedata' needs arviz < 1, but arviz {found}. Use format='datatree' "
                 f"with arviz >= 1, or on Python 3.10 and 3.11: {_INSTALL}"
             )
-        return _inference_data
+        return functools.partial(_inference_data, _import_arviz(arviz))
     if (arviz is None or legacy) and _version("arviz-base") is None:
         raise ImportError(
             "format='datatree' needs arviz >= 1 or arviz-base, and neither is installed: "
@@ -199,15 +199,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _inference_data(datasets: dict, attrs: dict):
+def _import_arviz(version: str):
     try:
-        arviz = importlib.import_module("arviz")
+        return importlib.import_module("arviz")
     except Exception as e:
         raise ImportError(
-            f"arviz {_version('arviz')} is installed but cannot be imported: "
-            f"{type(e).__name__}: {e}. (arviz 0.x needs matplotlib < 3.11.) Repair it, or use "
-            "format='datatree'."
+            f"arviz {version} is installed but cannot be imported: {type(e).__name__}: {e}. "
+            "(arviz 0.x needs matplotlib < 3.11.) Repair it, or use format='datatree'."
         ) from e
+
+
+def _inference_data(arviz, datasets: dict, attrs: dict):
     return arviz.InferenceData(attrs=attrs, **datasets)
 
 
@@ -235,13 +237,13 @@ def _attributes() -> dict:
 def _datasets(draws: Draws, coords: Mapping, dims: Mapping, attrs: dict) -> dict:
     stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
     groups = {
+        "observed_data": draws.observed_data,
         "posterior": draws.posterior,
         "posterior_predictive": draws.posterior_predictive,
         "log_likelihood": draws.log_likelihood,
         "sample_stats": {name: Variable(values, ()) for name, values in stats.items()},
-        "observed_data": draws.observed_data,
     }
-    full = {}  # names of all dimensions of the observed sites, log_likelihood having fewer
+    full = {}  # names of all dimensions by variable, the log_likelihood having no event dimensions
     arrays, sizes = {}, {}
     for group, variables in groups.items():
         for site, variable in variables.items():

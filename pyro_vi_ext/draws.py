@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
+from pyro_vi_ext.plate_walk import PlateSubsample, Walk
 from pyro_vi_ext.roles import is_delta
 from pyro_vi_ext.scoring import (
+    Scored,
     Term,
     check_finite,
     log_weights,
@@ -32,7 +33,6 @@ from pyro_vi_ext.semi_implicit import semi_implicit_terms
 from pyro_vi_ext.tracing import (
     PARTICLE_PLATE,
     Run,
-    SharedSubsample,
     Structure,
     TracePair,
     latent_sites,
@@ -43,7 +43,6 @@ from pyro_vi_ext.tracing import (
 __all__ = ["Draws", "Variable", "draw"]
 
 _ELEMENTS = 2**24  # numbers held at once when batch_size is not given
-_LATENT = object()  # provenance of a value computed from latents
 
 
 @dataclass
@@ -120,14 +119,14 @@ class _Sampler:
         except ValueError as e:
             _blame_nan(e, guide, args, kwargs)
             raise
-        self.walk = _Walk(self.reference)
-        self.walk.check_data(self.reference)
+        self.walk = Walk(self.reference)
+        self.walk.check_indices(self.reference)
         self.soft: set[str] = set()  # sites observed at a function of latents: no data
         if not latent_sites(self.reference.pairs[0].model):
             raise ValueError("The model has no latent site, so there is no posterior to export.")
 
     def run(self, num_particles, indices, vectorized, given=None) -> Run:
-        subsample = _PlateSubsample()
+        subsample = PlateSubsample()
         subsample.indices.update(indices)
         run = Run(
             self.structure,
@@ -158,9 +157,9 @@ class _Sampler:
         for index, valid in walk.minibatches:
             indices = {} if walk.plate is None else {walk.plate: index}
             run = self._run_particles(num_particles, indices, given)
-            if first and not parts:
-                self._check_structure(run)
             scored = [pair_terms(run, pair) for pair in run.pairs]
+            if first and not parts:
+                self._check_structure(run, scored[0])
             self._check_global(run, [[*s.model, *s.guide.values()] for s in scored], known)
             if parts and not self._mixing_is_local(run):
                 averaged = run.roles.given_mixing()  # counted with the first minibatch
@@ -178,7 +177,7 @@ class _Sampler:
             total = float((part.log_p - part.log_q).sum())
             check_finite(total, [term for row in terms for term in row])
             self._collect(run, scored, part)
-            parts.append(walk.trim(part, valid))
+            parts.append(_trim(part, walk.plate, valid))
             if given is None:
                 given = [self._global_values(pair) for pair in run.pairs]
         return _join(parts, walk.plate)
@@ -216,7 +215,7 @@ class _Sampler:
             log_w = log_weights(inside, {frame.name: frame}, run)
             total = total + log_w.narrow(frame.dim, 0, valid).flatten(1).sum(1)
         if outside[0] and not local_only:
-            total = total + log_weights(outside, {}, run).flatten(1).sum(1)
+            total = total + log_weights(outside, {}, run).reshape(run.num_particles)
         return total.expand(run.num_particles)
 
     def _global_values(self, pair: TracePair) -> dict:
@@ -329,8 +328,8 @@ class _Sampler:
 
     # --- checks ------------------------------------------------------------------------------
 
-    def _check_structure(self, run: Run) -> None:
-        """The same sites in every draw; latents in the plates of the model; data that are data."""
+    def _check_structure(self, run: Run, scored: Scored) -> None:
+        """The same sites in every draw; latents in the model's plates; no stray dimension."""
         model = sample_sites(run.pairs[0].model)
         for pair in run.pairs[1:]:
             for name in set(model) ^ set(sample_sites(pair.model)):
@@ -341,13 +340,16 @@ class _Sampler:
                 if self.walk.plate not in plates_of(guide[name]):
                     raise ValueError(
                         f"Site '{name}' is in the subsampled plate '{self.walk.plate}' in the "
-                        "model but not in the guide, so its draws cannot be matched to the data. Put it "
-                        "into that plate in the guide."
+                        "model but not in the guide, so its draws cannot be matched to the data. "
+                        "Put it into that plate in the guide."
                     )
             if site["is_observed"] and _varies(run, name):
                 self.soft.add(name)
+        for term in (*scored.model, *scored.guide.values()):
+            rank = self.structure.max_plate_nesting
+            arrange(term.name, term.log_prob, 0, term.plates, rank, run.vectorized)
 
-    def _check_vectorised(self, run: Run, scored) -> None:
+    def _check_vectorised(self, run: Run, scored: Scored) -> None:
         """Running a draw by itself must give what it has among the others."""
         pair, reference = run.pairs[0], self.reference.pairs[0]
         rank = self.structure.max_plate_nesting
@@ -371,7 +373,7 @@ class _Sampler:
                     _raise_dynamic(term.name)
                 rows = arrange(term.name, many.log_prob, 0, many.plates, rank, True)
                 row = arrange(term.name, term.log_prob, 0, term.plates, rank, False)
-                if not _close(rows[min(j, len(rows) - 1)], row[0]):
+                if not _close(rows[min(j, len(rows) - 1)], row[0], 0.25):
                     _raise_unvectorised(term.name, "model" if term.sign > 0 else "guide")
             for name, site in alone.pairs[0].model.nodes.items():
                 if site["type"] == "sample" and site["infer"].get("_deterministic"):
@@ -382,117 +384,11 @@ class _Sampler:
                     except ValueError:
                         _raise_unvectorised(name, "model")
                     row = arrange(name, site["value"], event_dim, plates, rank, False)
-                    if not _close(rows[min(j, len(rows) - 1)], row[0]):
+                    if not _close(rows[min(j, len(rows) - 1)], row[0], 0.25):
                         _raise_unvectorised(name, "model")
 
 
-# --- the walk over a subsampled plate ---------------------------------------------------------
-
-
-class _Walk:
-    """Minibatches that cover each index of the one subsampled plate exactly once.
-
-    :ivar plate: its name, ``None`` without such a plate (then there is one minibatch, everything).
-    :ivar frame: its frame in the plate stack.
-    :ivar minibatches: pairs (indices, number of valid ones); the last is padded with repeats.
-    """
-
-    def __init__(self, reference: Run):
-        self.plate, self.frame, self.minibatches = None, None, [(None, None)]
-        frames = {}
-        pair = reference.pairs[0]
-        for trace in (pair.model, pair.guide):
-            for name, site in sample_sites(trace).items():
-                for frame in site["cond_indep_stack"]:
-                    if frame.full_size in (None, frame.size):
-                        continue
-                    if not frame.vectorized:
-                        raise NotImplementedError(
-                            f"Site '{name}' is in the sequential plate '{frame.name}', which is "
-                            f"subsampled ({frame.size} of {frame.full_size}), and cannot be "
-                            "walked. Write it as a vectorised plate: with pyro.plate(...) as ind."
-                        )
-                    frames[frame.name] = frame
-        if len(frames) > 1:
-            names = ", ".join(f"'{name}'" for name in sorted(frames))
-            raise NotImplementedError(
-                f"Plates {names} are subsampled, and only one such plate can be walked. Export "
-                "with full plates (pass no subsample_size), or with one of them subsampled."
-            )
-        for self.plate, self.frame in frames.items():
-            full, size = self.frame.full_size, self.frame.size
-            index = reference.subsample.indices[self.plate].new_tensor(range(full))
-            self.minibatches = []
-            for chunk in index.split(size):
-                padded = chunk.repeat(-(-size // len(chunk)))[:size]
-                self.minibatches.append((padded, len(chunk)))
-
-    def trim(self, part: Draws, valid: int) -> Draws:
-        """Drop the repeats that pad a minibatch."""
-        if self.plate is not None:
-            for group in GROUPS:
-                for variable in getattr(part, group).values():
-                    if self.plate in variable.plates:
-                        axis = 1 + variable.plates.index(self.plate)
-                        variable.values = variable.values.narrow(axis, 0, valid)
-        return part
-
-    def check_data(self, reference: Run) -> None:
-        """Observed data in the plate must be picked by the plate's indices.
-
-        :raises ValueError: naming a site whose data do not carry the indices' provenance.
-        """
-        if self.plate is None:
-            return
-        subsample = _PlateSubsample()
-        subsample.indices[self.plate] = ProvenanceTensor(
-            self.minibatches[0][0], frozenset({self.plate})
-        )
-        replay = ReplayMessenger(reference.pairs[0].guide)
-        with torch.random.fork_rng(), pyro.validation_enabled(False):
-            trace = trace_inside(
-                reference.model, reference.args, reference.kwargs, _Track(), replay, subsample
-            )
-        for name, site in sample_sites(trace).items():
-            if not site["is_observed"] or site_is_factor(site) or self.plate not in plates_of(site):
-                continue
-            provenance = get_provenance(site["value"])
-            if self.plate not in provenance and _LATENT not in provenance:
-                full, size = self.frame.full_size, self.frame.size
-                raise ValueError(
-                    f"The data of site '{name}' do not follow the indices of its subsampled plate "
-                    f"'{self.plate}' ({size} of {full}): they look like a minibatch passed as an "
-                    f"argument, which would be exported {-(-full // size)} times over. Pass all "
-                    f"data and index them in the model: with pyro.plate('{self.plate}', {full}, "
-                    f"subsample_size={size}) as ind: pyro.sample('{name}', ..., obs=data[ind]), or "
-                    "obs=pyro.subsample(data, event_dim=0)."
-                )
-
-
-class _PlateSubsample(SharedSubsample):
-    """Shared, known indices; a plate that fixes other ones than all, in order, cannot be walked."""
-
-    def _pyro_sample(self, msg):
-        if site_is_subsample(msg) and msg["value"] is not None:
-            given = detach_provenance(torch.as_tensor(msg["value"]))
-            size = msg["fn"].size
-            if len(given) != size or bool((given.cpu() != torch.arange(size)).any()):
-                raise ValueError(
-                    f"Plate '{msg['name']}' fixes its subsample ({len(given)} of {size} indices), "
-                    "so it cannot be walked over all its data. Use subsample_size=... in its place, "
-                    "and index the data with the indices that the plate returns."
-                )
-        super()._pyro_sample(msg)
-
-
-class _Track(Messenger):
-    """Marks the values of latents, so that data computed from them are told apart."""
-
-    def _pyro_post_sample(self, msg):
-        if site_is_subsample(msg) or msg["is_observed"] or not torch.is_tensor(msg["value"]):
-            return
-        value = detach_provenance(msg["value"])
-        msg["value"] = ProvenanceTensor(value, frozenset({_LATENT}))
+# --- helpers ----------------------------------------------------------------------------------
 
 
 class _Uncondition(Messenger):
@@ -509,9 +405,6 @@ class _Uncondition(Messenger):
             msg["is_observed"] = False
             msg["value"] = None
             msg["done"] = False
-
-
-# --- helpers ----------------------------------------------------------------------------------
 
 
 def arrange(name, tensor, event_dim, plates, rank, particles) -> torch.Tensor:
@@ -583,11 +476,21 @@ def _varies(run: Run, name: str) -> bool:
     )
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _close(a: torch.Tensor, b: torch.Tensor, power: float = 0.5) -> bool:
     if not a.is_floating_point():
         return bool((a == b).all())
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    tolerance = torch.finfo(a.dtype).eps ** power
     return torch.allclose(a, b.to(a), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _trim(part: Draws, plate: str | None, valid: int) -> Draws:
+    """Drop the repeats that pad a minibatch."""
+    for group in GROUPS if plate is not None else ():
+        for variable in getattr(part, group).values():
+            if plate in variable.plates:
+                axis = 1 + variable.plates.index(plate)
+                variable.values = variable.values.narrow(axis, 0, valid)
+    return part
 
 
 def _join(parts: list[Draws], plate: str | None) -> Draws:

@@ -142,23 +142,29 @@ class ObjectiveModule(ELBOModule):
     def __init__(self, model, guide, objective: Objective):
         super().__init__(model, guide, objective)
         self._captured: dict[str, torch.Tensor] = {}
-        self._store_size = 0
+        self._store_size, self._stored = 0, set()
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
-        if self._captured and not self._stale():
-            return super().forward(*args, **kwargs)
-        with poutine.trace(param_only=True) as capture:
+        store = pyro.get_param_store()
+        if self._captured and not self._replaced(store):
             loss = super().forward(*args, **kwargs)
-        self._captured = {}
-        for name, site in capture.trace.nodes.items():
-            value = site["value"]  # a bare leaf under Pyro's module_local_params
-            self._captured[name] = getattr(value, "unconstrained", lambda v=value: v)()
-        self._store_size = len(pyro.get_param_store())
+            if len(store) != self._store_size:  # created just now
+                stored = dict(store.named_parameters())
+                self._captured |= {n: leaf for n, leaf in stored.items() if n not in self._stored}
+        else:
+            with poutine.trace(param_only=True) as capture:
+                loss = super().forward(*args, **kwargs)
+            self._captured = {}
+            for name, site in capture.trace.nodes.items():
+                value = site["value"]  # a bare leaf under Pyro's module_local_params
+                self._captured[name] = getattr(value, "unconstrained", lambda v=value: v)()
+        if len(store) != self._store_size:
+            self._stored, self._store_size = set(store.keys()), len(store)
         return loss
 
-    def _stale(self) -> bool:
-        """Whether the parameter store has gained, lost or replaced leaves since the last look."""
-        stored = dict(pyro.get_param_store().named_parameters())
+    def _replaced(self, store) -> bool:
+        """Whether the parameter store has lost or replaced a leaf since the last call."""
+        stored = dict(store.named_parameters())
         if len(stored) != self._store_size:
             return True
         return any(stored.get(name, leaf) is not leaf for name, leaf in self._captured.items())

@@ -101,7 +101,7 @@ class Structure:
     def of(model, guide, args, kwargs, max_plate_nesting=float("inf")) -> Structure:
         """Run the pair once; random state and gradients are as they were before."""
         with torch.random.fork_rng(), torch.no_grad(), poutine.block():
-            pair = _trace_pair(model, guide, args, kwargs)
+            pair = trace_pair(model, guide, args, kwargs)
             if is_validation_enabled():  # weaker later: dims left of the plates hold the particles
                 for trace in (pair.model, pair.guide):
                     trace.compute_log_prob()
@@ -143,7 +143,7 @@ def latent_sites(trace: Trace) -> dict[str, dict]:
     return {n: s for n, s in sample_sites(trace).items() if not s["is_observed"]}
 
 
-def _trace_pair(model, guide, args, kwargs, *messengers) -> TracePair:
+def trace_pair(model, guide, args, kwargs, *messengers) -> TracePair:
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, GuideMessenger):  # an effect-based guide runs the model by itself
         run_inside(unwrapped, args, kwargs, *messengers)
@@ -201,7 +201,7 @@ class Run:
         outer = [self.outer_plate(PARTICLE_PLATE, num_particles)] if vectorized else []
         given = [{}] * (1 if vectorized else num_particles) if given is None else given
         self.pairs = [
-            _trace_pair(model, guide, args, kwargs, *outer, self.subsample, *known)
+            trace_pair(model, guide, args, kwargs, *known, *outer, self.subsample)
             for known in ([Substitute(values)] if values else [] for values in given)
         ]
         for pair in self.pairs:

@@ -183,7 +183,7 @@ def fit(
     def save():
         state = {
             "target": trainer.state(),
-            "losses": torch.tensor(losses, dtype=torch.float64),
+            "losses": _tensor(losses),
             "minibatches": feed.state(),
             "rng": get_rng_state(),
         }
@@ -205,12 +205,16 @@ def fit(
                 save()
             if interrupted:
                 raise interrupted
-    return FitResult(torch.tensor(losses, dtype=torch.float64), len(losses), stopped)
+    return FitResult(_tensor(losses), len(losses), stopped)
 
 
 def _check_at_least(name, value, minimum):
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}.")
+
+
+def _tensor(losses: list[float]) -> torch.Tensor:
+    return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
 
 def _open_checkpoint(path, resume, kind) -> dict | None:
@@ -252,7 +256,7 @@ def _plateaued(losses: list[float], window: int, patience: int) -> bool:
     """Whether the last ``patience`` comparisons of windows showed no improvement beyond noise."""
     if len(losses) % window or len(losses) < (patience + 1) * window:
         return False
-    recent = torch.tensor(losses[-(patience + 1) * window :], dtype=torch.float64)
+    recent = _tensor(losses[-(patience + 1) * window :])
     windows = recent.reshape(patience + 1, window)
     means = windows.mean(1)
     num = math.isqrt(window)
@@ -413,14 +417,14 @@ class _Trainer:
         except ValueError as error:
             if type(error) is not ValueError:
                 raise
-            found = self._not_finite(args, kwargs)
+            found = self._not_finite(args, kwargs, tries=1)
             found = f"\nNot finite: {'; '.join(found)}." if found else ""
             raise ValueError(f"At step {step} of fit: {error}{found}") from error
 
     def _check(self, losses, gradients, args, kwargs, step, intact=True) -> None:
         """:raises ValueError: if a loss or gradient is not finite, naming where it comes from."""
         if not all(map(math.isfinite, losses)):
-            found = self._not_finite(args, kwargs)
+            found = self._not_finite(args, kwargs, tries=10)
             what = f"the loss is {next(x for x in losses if not math.isfinite(x))}"
             if found:
                 what += f". Not finite: {'; '.join(found)}"
@@ -439,21 +443,19 @@ class _Trainer:
             "learning rate, clip gradients, or constrain the value that runs to the edge."
         )
 
-    def _not_finite(self, args, kwargs) -> list[str]:
-        named = {**dict(self._named()), **self._stored()}
-        bad = {id(p): name for name, p in named.items() if not _finite(p)}
+    def _not_finite(self, args, kwargs, tries: int) -> list[str]:
+        named = [item for module in self.modules.values() for item in module.named_parameters()]
+        named += self._stored().items()
+        bad = {id(p): name for name, p in named if not _finite(p)}
         found = [_listed("parameter", bad.values())] if bad else []
         if self.model is not None and self.guide is not None:
             with undisturbed(self.modules):
                 torch.set_rng_state(self.before)
-                for _ in range(10):  # first with the draws of the step, then with others
+                for _ in range(tries):  # first with the draws of the step, then with others
                     sites = _not_finite_sites(self.model, self.guide, args, kwargs)
                     if sites:
                         return found + sites
         return found
-
-    def _named(self):
-        return [item for module in self.modules.values() for item in module.named_parameters()]
 
 
 class _SVITrainer(_Trainer):
