@@ -23,7 +23,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_vi_ext import SemiImplicitELBO
 from pyro_vi_ext.guides import NegativeBinomialSemiImplicit
-from pyro_vi_ext.models import load_mites, negative_binomial
+from pyro_vi_ext.models.negative_binomial import load_mites, negative_binomial
 
 J = 50
 SIGMA = 0.1
@@ -158,7 +158,9 @@ def main(args):
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, python {platform.python_version()}")
     print(f"{args.device}: {hardware}, {torch.get_num_threads()} threads, seed {args.seed}")
-    print(f"J = {J}, float32, validation {'on' if args.validate else 'off'} (Pyro, not hand-written)")
+    print(
+        f"J = {J}, float32, validation {'on' if args.validate else 'off'} (Pyro, not hand-written)"
+    )
     print(f"\n{'K':>5} {'objective':>18} {'steps/s':>9} {'x hand-written':>15} {'peak MB':>8}")
     for num_mixing in args.num_mixing:
         times, memory = measure(x, num_mixing, args.rounds, args.steps)

@@ -29,11 +29,11 @@ from pyro_vi_ext.guides import (
     NegativeBinomialSemiImplicit,
     gamma_beta_guide,
 )
-from pyro_vi_ext.models import exact_posterior, load_mites, negative_binomial
+from pyro_vi_ext.models.negative_binomial import exact_posterior, load_mites, negative_binomial
 
-COLUMNS = (
-    "method,E[r],sd r,E[p],sd p,corr,lower bound,upper bound,KL <=,KS r,KS p,seconds"
-).split(",")
+COLUMNS = ("method,E[r],sd r,E[p],sd p,corr,lower bound,upper bound,KL <=,KS r,KS p,seconds").split(
+    ","
+)
 
 
 def main(args):
@@ -174,7 +174,10 @@ def run_cavi(x, args):
     r, p = (result.posterior[name] for name in "rp")
     a, b = (torch.tensor(float(v)) for v in (r.concentration, r.rate))
     alpha, beta = (torch.tensor(float(v)) for v in (p.concentration1, p.concentration0))
-    draws = {"r": Gamma(a, b).sample((args.num_draws,)), "p": Beta(alpha, beta).sample((args.num_draws,))}
+    draws = {
+        "r": Gamma(a, b).sample((args.num_draws,)),
+        "p": Beta(alpha, beta).sample((args.num_draws,)),
+    }
     exported = {name: v[None, : args.num_exported].numpy() for name, v in draws.items()}
     cdfs = {"r": Gamma(a, b).cdf, "p": beta_cdf(alpha, beta)}
     return FromNumPyro(draws, az.from_dict(posterior=exported), -float(result.losses[-1]), cdfs)
@@ -183,7 +186,9 @@ def run_cavi(x, args):
 def run_nuts(x, args):
     from pyro_vi_ext.models.negative_binomial_numpyro import nuts
 
-    mcmc = nuts(x.cpu().numpy(), num_samples=args.num_nuts, seed=args.seed, progress_bar=args.progress)
+    mcmc = nuts(
+        x.cpu().numpy(), num_samples=args.num_nuts, seed=args.seed, progress_bar=args.progress
+    )
     samples = mcmc.get_samples()
     draws = {name: torch.tensor(samples[name].tolist()) for name in "rp"}
     return FromNumPyro(draws, az.from_numpyro(mcmc))
@@ -344,7 +349,9 @@ def parse(argv=None):
     parser.add_argument("--num-mixing", type=int, nargs="+", default=[0, 1, 5, 20, 100, 1000])
     parser.add_argument("--num-draws", type=int, default=100_000, help="draws for moments and KS")
     parser.add_argument("--num-exported", type=int, default=2000, help="draws in the ArviZ files")
-    parser.add_argument("--num-evaluations", type=int, default=40, help="of the bounds, 500 draws each")
+    parser.add_argument(
+        "--num-evaluations", type=int, default=40, help="of the bounds, 500 draws each"
+    )
     parser.add_argument("--num-nuts", type=int, default=2500, help="draws per chain")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

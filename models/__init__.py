@@ -1,2 +1,1 @@
-"""Models that pair with the guides, shipped as `pyro_vi_ext.models`."""
-from .negative_binomial import load_mites, negative_binomial
+"""Models that pair with the guides, shipped as `pyro_vi_ext.models`: one module each."""

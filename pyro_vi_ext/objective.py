@@ -55,7 +55,9 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
     :raises ValueError: if ``num_particles`` is not a positive integer.
     """
 
-    def __init__(self, num_particles=1, *, max_plate_nesting=float("inf"), vectorize_particles=True):
+    def __init__(
+        self, num_particles=1, *, max_plate_nesting=float("inf"), vectorize_particles=True
+    ):
         num_particles = positive_int("num_particles", num_particles)
         super().__init__(
             num_particles=num_particles,
@@ -167,7 +169,8 @@ class ObjectiveModule(ELBOModule):
         stored = dict(store.named_parameters())
         if len(stored) != self._store_size:
             return True
-        return any(stored.get(name, leaf) is not leaf for name, leaf in self._captured.items())
+        shared = [name for name in self._captured if name in stored or name in self._stored]
+        return any(stored.get(name) is not self._captured[name] for name in shared)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

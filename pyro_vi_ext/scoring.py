@@ -142,9 +142,7 @@ def split_mask(site: dict):
 def latent_masks(run: Run, pair: TracePair) -> dict[str, object]:
     """The mask in force at each latent, for the model's density and the guide's alike."""
     model, guide, roles = sample_sites(pair.model), sample_sites(pair.guide), run.roles
-    masks = {
-        name: split_mask(site)[1] for name, site in model.items() if not site["is_observed"]
-    }
+    masks = {name: split_mask(site)[1] for name, site in model.items() if not site["is_observed"]}
     for name in list(guide):
         if name in roles.mixing or name in masks:
             continue
@@ -276,7 +274,11 @@ def _same_scale(a, b) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-9)
     a, b = torch.as_tensor(a), torch.as_tensor(b)
-    a, b = torch.broadcast_tensors(a.to(b), b) if a.dim() <= b.dim() else torch.broadcast_tensors(a, b.to(a))
+    a, b = (
+        torch.broadcast_tensors(a.to(b), b)
+        if a.dim() <= b.dim()
+        else torch.broadcast_tensors(a, b.to(a))
+    )
     return bool(torch.isclose(a, b, rtol=1e-6, atol=0.0).all())
 
 
@@ -328,7 +330,11 @@ def check_finite(loss: torch.Tensor | float, terms: Iterable[Term]) -> None:
         return
     for term in terms:
         site, name = term.site, term.name
-        if site is not None and torch.is_tensor(site["value"]) and site["value"].is_floating_point():
+        if (
+            site is not None
+            and torch.is_tensor(site["value"])
+            and site["value"].is_floating_point()
+        ):
             if not bool(torch.isfinite(site["value"]).all()):
                 if site["is_observed"]:
                     raise ValueError(

@@ -139,7 +139,9 @@ class SemiImplicitELBO(Objective):
         if bound not in ("lower", "upper"):
             raise ValueError(f"bound must be 'lower' or 'upper', got {bound!r}.")
         if bound == "upper" and num_mixing_particles == 0:
-            raise ValueError("bound='upper' averages the extra draws only: num_mixing_particles=0 leaves none.")
+            raise ValueError(
+                "bound='upper' averages the extra draws only: num_mixing_particles=0 leaves none."
+            )
         if bound == "upper" and importance_weighted:
             raise ValueError(
                 "importance_weighted=True with bound='upper' bounds nothing. Use bound='lower', or "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -76,7 +75,7 @@ class OuterPlate(IndepMessenger):
 
 
 class Substitute(Messenger):
-    """Gives the named sample sites fixed values, leaving their distributions as the code has them."""
+    """Gives the named sample sites fixed values; their distributions stay the code's."""
 
     def __init__(self, values: dict[str, torch.Tensor]):
         super().__init__()
@@ -223,7 +222,9 @@ class Run:
         signature = _signature(guide_trace)
         known = self.structure.roles
         if signature not in known:
-            auxiliary = any(s["infer"].get("is_auxiliary") for s in latent_sites(guide_trace).values())
+            auxiliary = any(
+                s["infer"].get("is_auxiliary") for s in latent_sites(guide_trace).values()
+            )
             if auxiliary:
                 supports = self.structure.supports
                 known[signature] = guide_roles(self.guide, self.args, self.kwargs, supports)

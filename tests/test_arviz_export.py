@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import (
     AutoDelta,
+    AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
     AutoNormalMessenger,
@@ -314,6 +315,47 @@ def test_auto_normal_with_subsampled_latents(batch):
     torch.testing.assert_close(stats(data, "log_p"), hand_computed(data, X)[1])
 
 
+@pytest.mark.parametrize("auto", [AutoNormalMessenger, AutoDelta])
+def test_other_guides_that_follow_the_indices(auto):
+    guide = auto(hierarchy)
+    guide(X, 4)
+    data = export(hierarchy, guide, X, 4)
+    torch.testing.assert_close(stats(data, "log_p"), hand_computed(data, X)[1])
+    z = tensor(data, "posterior", "z")
+    assert z.shape == (50, N)
+
+
+@pytest.mark.parametrize("auto", [AutoMultivariateNormal, AutoLaplaceApproximation])
+def test_joint_latents_of_one_minibatch_are_refused(auto):
+    """These guides give every minibatch the coordinates of the first."""
+    guide = auto(hierarchy)
+    guide(X, 3)
+    with pytest.raises(NotImplementedError, match="'z' is a Delta in the subsampled plate 'data'"):
+        export(hierarchy, guide, X, 3)
+
+
+def test_point_masses_that_follow_the_indices():
+    """A Delta may depend on global draws and on the index, or on neither."""
+
+    def guide(x, batch):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N, subsample_size=batch) as index:
+            pyro.sample("z", dist.Delta(mu * torch.arange(N)[index]))
+
+    data = export(hierarchy, guide, X, 3)
+    mu, z = tensor(data, "posterior", "mu"), tensor(data, "posterior", "z")
+    torch.testing.assert_close(z, mu[:, None] * torch.arange(N))
+
+    def constant(x, batch):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N, subsample_size=batch):
+            pyro.sample("z", dist.Delta(mu.expand(mu.shape[:-1] + (batch,))))
+
+    data = export(hierarchy, constant, X, 3)
+    z = tensor(data, "posterior", "z")
+    torch.testing.assert_close(z, tensor(data, "posterior", "mu")[:, None].expand(50, N))
+
+
 # --- semi-implicit guides --------------------------------------------------------------------
 
 
@@ -533,6 +575,34 @@ def test_factors_soft_constraints_and_scopes():
         normal = dist.Normal(0.0, 1.0)
         log_p = 2 * normal.log_prob(z) - z**2 + normal.log_prob(X[0] - z)
         torch.testing.assert_close(stats(data, "log_p"), log_p)
+
+
+def test_soft_constraints_inside_a_walked_plate():
+    def model(x):
+        with pyro.plate("data", N, subsample_size=4) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("soft", dist.Normal(0.0, 1.0), obs=z)
+            pyro.factor("tilt", -z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", N, subsample_size=4):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    data = export(model, guide, X)
+    assert set(data["observed_data"].data_vars) == {"x"}
+    z = tensor(data, "posterior", "z")
+    normal = dist.Normal(0.0, 1.0)
+    log_p = (2 * normal.log_prob(z) - z + normal.log_prob(X - z)).sum(1)
+    torch.testing.assert_close(stats(data, "log_p"), log_p)
+
+
+def test_log_likelihood_alone_has_the_names_of_the_data():
+    dims = {"x": ["leaf"]}
+    data = export(hierarchy, hierarchy_posterior, X, posterior_predictive=False, dims=dims)
+    assert data["log_likelihood"]["x"].dims == ("chain", "draw", "leaf")
+    assert data["observed_data"]["x"].dims == ("leaf",)
+    assert "posterior_predictive" not in data.children
 
 
 def test_pyro_subsample_and_switched_off_groups():

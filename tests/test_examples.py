@@ -40,6 +40,8 @@ def test_negative_binomial(tmp_path, capsys):
     assert [row["method"] for row in table] == [row["method"] for row in rows]
     assert all(row["method"] in out for row in rows)
     cavi = table[1]
-    assert cavi["method"] == "mean field, CAVI" and float(cavi["KL <="]) == pytest.approx(0.98152, abs=1e-5)
+    assert cavi["method"] == "mean field, CAVI" and float(cavi["KL <="]) == pytest.approx(
+        0.98152, abs=1e-5
+    )
     assert (tmp_path / "posterior.png").stat().st_size > 20_000
     assert len(list(tmp_path.glob("*.nc"))) == len(rows) - 1

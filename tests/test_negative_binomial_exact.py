@@ -277,3 +277,6 @@ def test_bad_arguments(exact):
         exact.ks_distance("r", torch.tensor([1.0, math.nan]))
     with pytest.raises(ValueError, match="log r does not vanish for r towards 0.*improper"):
         exact_posterior(torch.tensor([0]), 1e-13, 1.0, 1e-13, 1.0)
+    with pytest.raises(ValueError, match="3000 x 3000 does not resolve.*improper"):
+        # Poisson-like: a ridge as long as the prior 1e-6 allows, and 1 / sqrt(100,000) wide.
+        exact_posterior(torch.ones(100_000), 1e-6, 1e-6, 1e-6, 1e-6)

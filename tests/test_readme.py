@@ -8,12 +8,19 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")),
+]
 
 
 def snippets(page):
     text = (ROOT / page).read_text()
-    return [re.sub(r"(?m)^   ", "", s) if s.startswith("   ") else s for s in re.findall(r"```python\n(.*?)```", text, re.S)]
+    return [
+        re.sub(r"(?m)^   ", "", s) if s.startswith("   ") else s
+        for s in re.findall(r"```python\n(.*?)```", text, re.S)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -22,7 +29,7 @@ def test_python_snippets_run(page):
     torch.manual_seed(0)
     namespace = {}
     for snippet in snippets(page):
-        exec(compile(snippet, page, "exec"), namespace)  # noqa: S102
+        exec(compile(snippet, page, "exec"), namespace)
     pyro.clear_param_store()
 
 
