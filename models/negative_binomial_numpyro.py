@@ -41,7 +41,7 @@ try:
 except ImportError:  # jax < 0.8
     from jax.experimental import enable_x64
 
-__all__ = ["CAVIResult", "cavi", "negative_binomial", "nuts"]
+__all__ = ["CAVIResult", "cavi", "enable_x64", "negative_binomial", "nuts"]
 
 
 def negative_binomial(x=None, a=0.01, b=0.01, alpha=0.01, beta=0.01, *, num_leaves=None):

@@ -222,7 +222,6 @@ SCENARIOS = {
     "BatchNorm, method": batch_norm_method,
     "BatchNorm, closure": batch_norm_closure,
     "running baseline": running_baseline,
-    "gradients that come and go": sometimes_without_gradient,
 }
 
 
@@ -289,6 +288,19 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(name, when, tmp_path):
     assert_same(load_checkpoint(path), load_checkpoint(tmp_path / "whole.pt"))
     fresh(78)  # nothing left to do: all is restored all the same
     assert_same(train(make, checkpoint=path), expected)
+
+
+def test_gradients_that_come_and_go_are_remembered(tmp_path):
+    """After its first gradient a parameter has one for ever, of zeros in steps that ignore it."""
+    fresh(3)
+    expected = train(sometimes_without_gradient)
+    for when in range(1, 8):
+        fresh(3)
+        with pytest.raises(KeyboardInterrupt):
+            options = {"checkpoint": tmp_path / f"{when}", "callback": interrupt_at(when)}
+            train(sometimes_without_gradient, **options)
+        fresh(77)
+        assert_same(train(sometimes_without_gradient, checkpoint=tmp_path / f"{when}"), expected)
 
 
 @pytest.mark.parametrize("name", ["function guide", "module", "loader, generator"])

@@ -59,6 +59,7 @@ def test_stock_svi_improves_gamma_beta(exact):
     start = gamma_beta_log_density(*torch.full((4,), 10.0).double())
     before, after = exact.kl_from(start), exact.kl_from(gamma_beta_log_density(*current()))
     assert after < 0.5 * before
+    assert all(abs(value - 10.0) > 0.1 for value in current())  # each parameter had a gradient
     assert after > 0.97252  # the best of the family
     # The loss estimates KL - log p(x): the first and the last losses differ by what the KL says.
     first, last = torch.tensor(losses[:10]), torch.tensor(losses[-50:])

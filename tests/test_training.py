@@ -282,15 +282,15 @@ def test_plateau_rule():
 
 def test_training_stops_on_a_plateau_and_stays_stopped(tmp_path):
     def run(**options):
-        return fit(make_svi(), DATA, num_steps=5000, plateau_window=100, **options)
+        return fit(make_svi(), DATA, num_steps=2000, plateau_window=50, **options)
 
     result = run(checkpoint=tmp_path / "a")
-    assert result.stopped == "plateau" and result.num_steps % 100 == 0
-    assert 300 <= result.num_steps < 5000
+    assert result.stopped == "plateau" and result.num_steps % 50 == 0
+    assert 150 <= result.num_steps < 2000
     clear(7)
     again = run(checkpoint=tmp_path / "a")
     assert torch.equal(again.losses, result.losses) and again.stopped == "plateau"
-    assert run(patience=20, checkpoint=tmp_path / "a").num_steps > result.num_steps
+    assert run(patience=4, checkpoint=tmp_path / "a").num_steps > result.num_steps
 
 
 def test_the_callback_sees_each_step_and_may_stop():
@@ -315,14 +315,23 @@ def keyboard():
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(tmp_path, keyboard):
-    def send(step, loss):
-        if step == 3:
+    steps = []
+
+    def interrupted_model(x):
+        if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-            assert step == 3  # not interrupted here
+        model(x)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(make_svi(), DATA, num_steps=10, callback=send, checkpoint=tmp_path / "a")
-    assert load_checkpoint(tmp_path / "a")["step"] == 3
+        fit(
+            make_svi(interrupted_model),
+            DATA,
+            num_steps=10,
+            callback=lambda step, loss: steps.append(step),
+            checkpoint=tmp_path / "a",
+            checkpoint_every=10,
+        )
+    assert steps == [1, 2, 3] and load_checkpoint(tmp_path / "a")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def impatient(step, loss):
@@ -404,7 +413,7 @@ def test_the_step_that_failed_is_looked_at_with_its_own_draws():
     def rarely(x):
         guide(x)
         u = pyro.sample("u", dist.Uniform(0.0, 1.0))
-        pyro.sample("v", dist.Normal(torch.where(u < 0.01, math.nan, u), 1.0))
+        pyro.sample("v", dist.Normal(torch.where(u < 0.003, math.nan, u), 1.0))
 
     def model2(x):
         model(x)
