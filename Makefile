@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := numpyro,arviz,plot,progress,test,dev
 
+# The tensors here are small: more threads cost more than they give, above all on a busy machine.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-all lint format bench docs wheel clean
 
 demo: $(VENV)/installed
