@@ -48,6 +48,8 @@ def main(args):
     draws = {}
 
     for name, run in methods(args):
+        if not any(part in name for part in args.only):
+            continue
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
         print(f"{name} ...", flush=True)
@@ -300,14 +302,15 @@ def draw_panel(panel, exact, draws, palette, title):
     r, p = (torch.linspace(*limits[name], 300) for name in "rp")
     density = exact.log_density(r[:, None].expand(300, 300), p.expand(300, 300)).exp()
     levels = [hdr_level(density, mass) for mass in (0.99, 0.9, 0.5)]
-    joint.contourf(r, p, density.T, [*levels, float(density.max())], cmap="Greys", alpha=0.55)
+    shades = ["0.88", "0.74", "0.55"]
+    joint.contourf(r, p, density.T, [*levels, float(density.max())], colors=shades)
     for name, ax, swap in (("r", top, False), ("p", side, True)):
         grid, values = exact.grid[name], exact.density[name]
         keep = (grid > limits[name][0]) & (grid < limits[name][1])
         line = (values[keep], grid[keep]) if swap else (grid[keep], values[keep])
         (ax.fill_betweenx if swap else ax.fill_between)(grid[keep], values[keep], color="0.75")
         ax.plot(*line, color="0.4", lw=1)
-    joint.plot([], [], color="0.6", lw=8, label="exact: 50, 90, 99%")
+    joint.plot([], [], color="0.74", lw=8, label="exact: 50, 90, 99%")
     for name, values in draws.items():
         color = palette[name]
         surface = kde_2d(values, r, p)
@@ -322,7 +325,7 @@ def draw_panel(panel, exact, draws, palette, title):
     side.set(ylim=limits["p"])
     for ax in (top, side):
         ax.tick_params(labelbottom=False, labelleft=False, length=0)
-        ax.spines[["top", "right", "left" if ax is top else "bottom"]].set_visible(False)
+        ax.spines[:].set_visible(False)
     joint.legend(fontsize=9, loc="upper right", frameon=False)
 
 
@@ -359,6 +362,7 @@ def parse(argv=None):
         "--num-evaluations", type=int, default=40, help="of the bounds, 500 draws each"
     )
     parser.add_argument("--num-nuts", type=int, default=2500, help="draws per chain")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of method names")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/negative_binomial")

@@ -120,7 +120,7 @@ def from_pyro_svi(
     Example: the guide is the exact posterior N(1, 1/2), so each log-weight is log p(x).
 
     >>> import pyro, torch, pyro.distributions as dist
-    >>> from pyro_vi_ext.arviz_export import from_pyro_svi
+    >>> from pyro_vi_ext import from_pyro_svi
     >>> def model(x):
     ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("data", len(x)):

@@ -95,10 +95,16 @@ def draw(
     """Draw from the guide and score each draw; see :func:`pyro_vi_ext.from_pyro_svi`."""
     with torch.no_grad(), poutine.block():
         sampler = _Sampler(
-            model, guide, args, kwargs, max_plate_nesting, vectorize_particles, num_mixing_particles
+            model,
+            guide,
+            args,
+            kwargs,
+            max_plate_nesting=max_plate_nesting,
+            vectorized=vectorize_particles,
+            num_extra=num_mixing_particles,
+            with_predictive=posterior_predictive,
+            with_likelihood=log_likelihood,
         )
-        sampler.with_predictive = posterior_predictive
-        sampler.with_likelihood = log_likelihood
         size = sampler.default_batch_size() if batch_size is None else batch_size
         parts = []
         for start in range(0, num_draws, size):
@@ -109,9 +115,22 @@ def draw(
 class _Sampler:
     """Draws of one pair: what one set-up pass learns, then any number of batches of draws."""
 
-    def __init__(self, model, guide, args, kwargs, max_plate_nesting, vectorized, num_extra):
+    def __init__(
+        self,
+        model,
+        guide,
+        args,
+        kwargs,
+        *,
+        max_plate_nesting,
+        vectorized,
+        num_extra,
+        with_predictive,
+        with_likelihood,
+    ):
         self.pair = (model, guide, args, kwargs)
         self.vectorized, self.num_extra = vectorized, num_extra
+        self.with_predictive, self.with_likelihood = with_predictive, with_likelihood
         try:
             self.structure = Structure.of(model, guide, args, kwargs, max_plate_nesting)
             with torch.random.fork_rng():

@@ -19,7 +19,8 @@ from pyro.infer.autoguide import (
     AutoNormalMessenger,
 )
 
-from pyro_vi_ext.arviz_export import from_pyro_svi
+from pyro_vi_ext import SemiImplicitELBO, from_pyro_svi
+from pyro_vi_ext.guides import AutoSemiImplicit
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9, -0.4, 0.1, 2.2, -0.7, 0.5, -1.6], dtype=torch.float64)
 N = len(X)
@@ -430,15 +431,60 @@ def test_degenerate_mixing_is_the_own_conditional():
     assert own.std() > 0.1 and (own - marginal).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_own_psi_is_part_of_the_average(vectorized):
+    """psi = +-20 and z ~ N(psi, 1): at K = 1 h is q(z | own psi), or half of it."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 10.0))
+
+    def guide():
+        sign = pyro.sample("sign", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(40 * sign - 20, 1.0))
+
+    data = export(
+        model, guide, num_mixing_particles=1, batch_size=5, vectorize_particles=vectorized
+    )
+    z = tensor(data, "posterior", "z")
+    loss = dist.Normal(20 * z.sign(), 1.0).log_prob(z) - stats(data, "log_q")
+    halved = loss > 0.3
+    torch.testing.assert_close(loss, math.log(2) * halved)
+    assert 0 < halved.sum() < len(z)
+
+
+def test_a_global_average_is_formed_once():
+    """Three minibatches, one run of the guide on the extra psi, whatever its poutine.scale."""
+    large = []
+
+    def guide(x, batch, local):
+        psi = pyro.sample("psi", dist.Normal(1.0, 0.5), infer={"is_auxiliary": True})
+        large.append(psi.numel() >= 500)
+        pyro.sample("z", dist.Normal(psi, 0.5))
+        with poutine.scale(scale=3.0):
+            pyro.sample("also", dist.Normal(psi, 0.5))
+        with pyro.plate("data", N, subsample_size=batch) as index:
+            pyro.sample("v", dist.Normal(0.5 * x[index], 1.0))
+
+    def model(x, batch, local):
+        pyro.sample("also", dist.Normal(0.0, 1.0))
+        si_model(x, batch, local)
+
+    data = export(model, guide, X, 4, False, num_draws=20, num_mixing_particles=500)
+    assert sum(large) == 1
+    assert set(data["posterior"].data_vars) == {"z", "also", "v"}
+
+
 def test_auto_semi_implicit():
-    guides = pytest.importorskip("pyro_vi_ext.guides")
-    if not hasattr(guides, "AutoSemiImplicit"):
-        pytest.skip("not built yet")
-    guide = guides.AutoSemiImplicit(regression)
+    """log_q is that of the SIVI bound: E log_weight is minus the loss of SemiImplicitELBO."""
+    guide = AutoSemiImplicit(regression)
     guide(X)
-    data = export(regression, guide, X, num_mixing_particles=50)
-    assert set(data["posterior"].data_vars) == {"loc", "scale"}
-    assert np.isfinite(data["sample_stats"]["log_weight"]).all()
+    sizes = {"num_draws": 2000, "num_mixing_particles": 100}
+    exports = [export(regression, guide, X, seed=seed, **sizes) for seed in range(10)]
+    assert set(exports[0]["posterior"].data_vars) == {"loc", "scale"}
+    objective = SemiImplicitELBO(num_particles=2000, num_mixing_particles=100)
+    bounds = torch.tensor([-objective.loss(regression, guide, X) for _ in range(10)])
+    means = torch.stack([stats(data, "log_weight").mean() for data in exports])
+    assert abs(bounds.mean() - means.mean()) < 4 * ((bounds.var() + means.var()) / 10) ** 0.5
 
 
 # --- names, dimensions, shapes ---------------------------------------------------------------
@@ -579,13 +625,16 @@ def test_factors_soft_constraints_and_scopes():
 
 def test_soft_constraints_inside_a_walked_plate():
     def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("data", N, subsample_size=4) as index:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("soft", dist.Normal(0.0, 1.0), obs=z)
+            pyro.sample("soft too", dist.Normal(0.0, 1.0), obs=mu)
             pyro.factor("tilt", -z)
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
     def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("data", N, subsample_size=4):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
@@ -594,6 +643,7 @@ def test_soft_constraints_inside_a_walked_plate():
     z = tensor(data, "posterior", "z")
     normal = dist.Normal(0.0, 1.0)
     log_p = (2 * normal.log_prob(z) - z + normal.log_prob(X - z)).sum(1)
+    log_p = log_p + (N + 1) * normal.log_prob(tensor(data, "posterior", "mu"))
     torch.testing.assert_close(stats(data, "log_p"), log_p)
 
 
@@ -913,6 +963,18 @@ def test_global_guide_that_depends_on_the_minibatch():
 
     with pytest.raises(ValueError, match="'mu' of the guide.*changes with the minibatch"):
         export(hierarchy, guide, X, 3)
+
+
+def test_global_noise_hidden_in_a_delta():
+    """A draw made outside of pyro.sample cannot be repeated in the next minibatch."""
+
+    def guide(x, batch):
+        pyro.sample("mu", dist.Delta(torch.randn(())))
+        with pyro.plate("data", N, subsample_size=batch):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'mu'.*changes with the minibatch"):
+        export(hierarchy, guide, X, 3, vectorize_particles=False)
 
 
 def test_local_latent_outside_its_plate_in_the_guide():
