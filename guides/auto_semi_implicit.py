@@ -33,9 +33,9 @@ from torch.distributions import biject_to
 
 __all__ = ["AutoSemiImplicit"]
 
-# One setting for all models. Tried on the negative-binomial posterior, a banana, two bimodal
+# One setting for all models. Tried on the negative-binomial posterior, a banana, an X, three bimodal
 # targets, a ten-dimensional Gaussian and a funnel.
-_KERNEL_SHARE = 0.7  # initial sd of q(z | psi) over that of q(z); >= 0.95 misses modes
+_KERNEL_SHARE = 0.5  # initial sd of q(z | psi) over that of q(z); >= 0.8 misses modes
 _HEAD_GAIN = 0.1  # the network starts as a small departure from a linear one
 _LOG_SCALE_RANGE = 2.0  # log sigma(psi) stays within +- 2 of its learned centre
 
@@ -54,7 +54,8 @@ class AutoSemiImplicit(AutoContinuous):
         \mu(\psi) = A \psi + B\, f(\psi) + b, \qquad
         \log \sigma(\psi) = s + 2 \tanh\big(\tfrac12 [B' f(\psi) + b']\big),
 
-    with :math:`f` a ReLU network, and :math:`c, L, A, B, b, B', b', s` and the weights of :math:`f`
+    with :math:`f` a tanh network (odd at first, so that it does not slide into one of two modes),
+    and :math:`c, L, A, B, b, B', b', s` and the weights of :math:`f`
     learned. Marginally in :math:`\psi` the latents may be skewed, curved, multi-modal and
     correlated across sites; given :math:`\psi` the density is a Gaussian one, pushed through
     :math:`T`. On the negative-binomial model with ``covariance="diagonal"`` and
@@ -118,7 +119,7 @@ class AutoSemiImplicit(AutoContinuous):
         self,
         model: Callable,
         *,
-        hidden_dims: Sequence[int] = (32, 32),
+        hidden_dims: Sequence[int] = (48, 48),
         noise_dim: int = 10,
         init_loc_fn: Callable = init_to_feasible,
         init_scale: float = 0.1,
@@ -288,13 +289,13 @@ class _MixingNetwork(PyroModule):
         linear = PyroModule[nn.Linear]
         layers, width = [], noise_dim
         for next_width in hidden_dims:
-            layers += [linear(width, next_width, **options), PyroModule[nn.ReLU]()]
-            nn.init.normal_(layers[-2].weight, std=(2 / width) ** 0.5)
+            layers += [linear(width, next_width, **options), PyroModule[nn.Tanh]()]
+            nn.init.normal_(layers[-2].weight, std=width**-0.5)
             nn.init.normal_(layers[-2].bias, std=0.1)
             width = next_width
         self.hidden = PyroModule[nn.Sequential](*layers)
         self.head = linear(width, latent_dim * (1 + noise_dependent_scale), **options)
-        nn.init.normal_(self.head.weight, std=_HEAD_GAIN / width**0.5)
+        nn.init.normal_(self.head.weight, std=_HEAD_GAIN * width**-0.5)
         nn.init.zeros_(self.head.bias)
         self.skip = linear(noise_dim, latent_dim, bias=False, **options)
         directions = nn.init.orthogonal_(torch.empty(latent_dim, noise_dim, dtype=torch.float64))

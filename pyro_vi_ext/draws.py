@@ -209,10 +209,11 @@ class _Sampler:
         except (RuntimeError, IndexError) as e:
             if not self.vectorized:
                 raise
+            reason = str(e).split("\n")[0].strip()  # Pyro adds a table of shapes
             raise ValueError(
-                f"Model or guide cannot be run for {num_particles} draws at once: {e}. Let every "
-                "operation broadcast over a batch dimension on the left (index and reduce "
-                "dimensions from the right), or pass vectorize_particles=False."
+                f"Model or guide cannot be run for {num_particles} draws at once ({reason}). "
+                "Let every operation broadcast over a batch dimension on the left (index and "
+                "reduce dimensions from the right), or pass vectorize_particles=False."
             ) from e
 
     # --- scores ------------------------------------------------------------------------------

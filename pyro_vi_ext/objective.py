@@ -103,7 +103,6 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
 
     def _run(self, model, guide, args, kwargs) -> Run:
         structure = self._structure(model, guide, args, kwargs)
-        vectorized = self.vectorize_particles and self.num_particles > 1
         return Run(
             structure,
             model,
@@ -111,7 +110,8 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
             args,
             kwargs,
             num_particles=self.num_particles,
-            vectorized=vectorized,
+            vectorized=self.vectorize_particles and self.num_particles > 1,
+            vectorize_mixing=self.vectorize_particles,
         )
 
     def _structure(self, model, guide, args, kwargs) -> Structure:

@@ -210,7 +210,7 @@ def _pair_terms(run, pair, num_extra, own_included, shared_psi) -> list[Term]:
 
 def _rescore(run, pair, averaged, masks, num_extra, shared_psi) -> list[torch.Tensor]:
     """log q(z_j | psi^(k)) of each averaged conditional, shape (J, K, *batch); masks applied."""
-    if run.vectorized or run.num_particles == 1:
+    if run.vectorize_mixing:
         trace = _guide_on_extra_draws(run, pair, num_extra)
         traces = [trace]
     else:

@@ -170,6 +170,8 @@ def trace_inside(fn, args, kwargs, *messengers) -> Trace:
 class Run:
     """One evaluation of a model/guide pair by an objective.
 
+    :param vectorized: run the particles in one plate.
+    :param vectorize_mixing: run extra draws of mixing variables in one plate (as the particles).
     :param subsample: a :class:`SharedSubsample`, if its indices are known beforehand.
     :param given: values of guide sites that are not to be drawn, one dict for each pair.
     :ivar pairs: the particles' traces: a single vectorised :class:`TracePair` whose sites have the
@@ -188,6 +190,7 @@ class Run:
         *,
         num_particles,
         vectorized,
+        vectorize_mixing=None,
         subsample=None,
         given=None,
     ):
@@ -195,6 +198,7 @@ class Run:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.num_particles = num_particles
         self.vectorized = vectorized
+        self.vectorize_mixing = vectorized if vectorize_mixing is None else vectorize_mixing
         self.subsample = SharedSubsample() if subsample is None else subsample
         self.particle_dim = -structure.max_plate_nesting - 1
         outer = [self.outer_plate(PARTICLE_PLATE, num_particles)] if vectorized else []

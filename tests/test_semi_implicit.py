@@ -101,6 +101,19 @@ def test_sequential_particles_equal_quadrature(particles):
     assert_within(objective, model, guide, expected, repeats=1500)
 
 
+def test_sequential_guides_need_not_broadcast():
+    """vectorize_particles=False also runs the extra draws one by one, for any number of them."""
+
+    def scalar_only():
+        psi = pyro.sample("psi", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(RHO * torch.tensor(psi.item()) + 0 * psi, S))
+
+    for particles in (1, 2):
+        SemiImplicitELBO(particles, 3, **SEQUENTIAL).loss(model, scalar_only)
+        with pytest.raises(RuntimeError):
+            SemiImplicitELBO(particles, 3).loss(model, scalar_only)
+
+
 def importance_weighted_by_quadrature(points):
     nodes, w = grid(5, points)
     extra = nodes[4]
