@@ -2,7 +2,7 @@ r"""What each site of a guide is for.
 
 A *mixing* site is an auxiliary site (``infer={"is_auxiliary": True}``) on which the distribution of
 another, non-``Delta`` site of the guide directly depends: it is the noise :math:`\psi` of a
-semi-implicit guide (arXiv:1805.11183). Every other site is a *conditional*: its density belongs to
+semi-implicit guide (arXiv:1805.11183). Every other site that is used is a *conditional*: its density belongs to
 :math:`\log q`. In particular the auxiliary latent that ``AutoNormal`` or ``AutoMultivariateNormal``
 samples in unconstrained coordinates feeds only ``Delta`` sites, and is a conditional.
 
@@ -34,11 +34,19 @@ class GuideRoles:
         depends on (``Delta`` sites are transparent).
     :param mixing: names of the mixing sites, in the order of the guide.
     :param deltas: names of the ``Delta`` sites.
+    :param unused: auxiliary sites on which nothing depends. They integrate to one, so like the
+        density of a mixing variable theirs does not enter (stock Pyro adds their entropy).
     """
 
     parents: dict[str, frozenset[str]] = field(default_factory=dict)
     mixing: tuple[str, ...] = ()
     deltas: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def unscored(self) -> frozenset[str]:
+        """Names of the sites whose density is no part of log q."""
+        return self.unused | frozenset(self.mixing)
 
     def given_mixing(self) -> tuple[str, ...]:
         """Names of the conditionals q(z | psi) that directly depend on a mixing site."""
@@ -102,7 +110,13 @@ def guide_roles(guide, args=(), kwargs=None, supports=None) -> GuideRoles:
     transparent = deltas | {name for name, site in sites.items() if site_is_factor(site)}
     upstream = frozenset().union(*(parents[n] for n in sites if n not in transparent))
     mixing = tuple(n for n, s in sites.items() if s["infer"].get("is_auxiliary") and n in upstream)
-    roles = GuideRoles(parents, mixing, deltas)
+    used = frozenset().union(*parents.values())
+    unused = frozenset(
+        n
+        for n, s in sites.items()
+        if s["infer"].get("is_auxiliary") and n not in used and n not in transparent
+    )
+    roles = GuideRoles(parents, mixing, deltas, unused)
     _check_deltas(sites, roles, supports or {})
     return roles
 
@@ -118,6 +132,14 @@ def _check_deltas(sites: dict, roles: GuideRoles, supports: dict) -> None:
                 f"distribution with a density whose parameters depend on '{direct[0]}', for "
                 "example a Normal around the same value."
             )
+    orphans = sorted(n for n in roles.deltas if not roles.parents[n])
+    if roles.unused and orphans:
+        raise ValueError(
+            f"Nothing in the guide depends on the auxiliary site '{min(roles.unused)}', and the "
+            f"Delta site '{orphans[0]}' on no site. If the Delta is a function of the noise, compute "
+            "it with torch operations, so that the dependence can be followed; otherwise remove "
+            "the auxiliary site."
+        )
     for name, site in sites.items():
         children = roles.delta_children(name)
         if name in roles.mixing or not site["infer"].get("is_auxiliary") or not children:

@@ -85,7 +85,7 @@ def pair_terms(run: Run, pair: TracePair) -> Scored:
             model.append(_term(site, fn, mask, +1, nesting))
     guide = {}
     for name, site in sample_sites(pair.guide).items():
-        if name not in run.roles.mixing:
+        if name not in run.roles.unscored:
             fn, mask = split_mask(site)
             guide[name] = _term(site, fn, masks.get(name, mask), -1, nesting)
     return Scored(model, guide, masks)
@@ -144,7 +144,7 @@ def latent_masks(run: Run, pair: TracePair) -> dict[str, object]:
     model, guide, roles = sample_sites(pair.model), sample_sites(pair.guide), run.roles
     masks = {name: split_mask(site)[1] for name, site in model.items() if not site["is_observed"]}
     for name in list(guide):
-        if name in roles.mixing or name in masks:
+        if name in roles.unscored or name in masks:
             continue
         children = [child for child in roles.delta_children(name) if child in masks]
         child_masks = [masks[child] for child in children]
@@ -156,7 +156,7 @@ def latent_masks(run: Run, pair: TracePair) -> dict[str, object]:
             masks[name] = None
             masks.update(dict.fromkeys(children))
     for name, site in guide.items():
-        if name not in roles.mixing:
+        if name not in roles.unscored:
             _check_guide_mask(name, split_mask(site)[1], masks[name])
     return masks
 

@@ -322,7 +322,7 @@ def _plates_only(site: dict) -> Term:
 
 def _check_reparameterised(run: Run, pair: TracePair) -> None:
     for name, site in sample_sites(pair.guide).items():
-        if getattr(site["fn"], "has_rsample", False):
+        if getattr(site["fn"], "has_rsample", False) or name in run.roles.unused:
             continue
         if name in run.roles.mixing:
             if site_log_prob(site).requires_grad:

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
 )
 
+from pyro_vi_ext import SemiImplicitELBO
 from pyro_vi_ext.guides import AutoSemiImplicit
 from pyro_vi_ext.roles import guide_roles
 
@@ -105,4 +106,29 @@ def test_a_factor_on_a_mixing_variable_is_refused():
         pyro.factor("extra", -psi, has_rsample=True)
 
     with pytest.raises(ValueError, match="'extra' is a factor that depends directly"):
+        guide_roles(guide)
+
+
+def test_an_unused_auxiliary_site_is_no_part_of_log_q():
+    """It integrates to one; stock Pyro reports its entropy as if it were evidence."""
+
+    def guide():
+        pyro.sample("unused", dist.Normal(torch.zeros(5), 1.0).to_event(1), infer=AUXILIARY)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def target():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert guide_roles(guide).unused == {"unused"}
+    assert SemiImplicitELBO(5).loss(target, guide) == pytest.approx(0.0, abs=1e-6)
+    stock = pyro.infer.Trace_ELBO(2000, vectorize_particles=True, max_plate_nesting=0)
+    assert -stock.loss(target, guide) > 6.5
+
+
+def test_a_dependence_that_cannot_be_followed_is_refused():
+    def guide():
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer=AUXILIARY)
+        pyro.sample("z", dist.Delta(torch.tensor(noise.item())))
+
+    with pytest.raises(ValueError, match="'noise', and the Delta site 'z' on no site"):
         guide_roles(guide)
