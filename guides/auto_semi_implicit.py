@@ -33,7 +33,7 @@ from torch.distributions import biject_to
 
 __all__ = ["AutoSemiImplicit"]
 
-# One setting for all models. Tried on the negative-binomial posterior, a banana, an X, three bimodal
+# One setting for all models. Tried on the negative-binomial posterior, a banana, an X, bimodal
 # targets, a ten-dimensional Gaussian and a funnel.
 _KERNEL_SHARE = 0.5  # initial sd of q(z | psi) over that of q(z); >= 0.8 misses modes
 _HEAD_GAIN = 0.1  # the network starts as a small departure from a linear one
@@ -85,7 +85,8 @@ class AutoSemiImplicit(AutoContinuous):
         noise_dependent_scale: whether :math:`\sigma` depends on :math:`\psi`.
 
     Raises:
-        ValueError: for arguments out of range; at the first call, if a latent is discrete.
+        ValueError: for arguments out of range; at the first call, if a latent is discrete or if
+            Pyro's parameter store holds parameters of another model's guide under this name.
         NotImplementedError: at the first call, if a latent is in a subsampled plate (one network
             makes all latents jointly: there is no slice of it for a minibatch). The site, the plate
             and the remedy are named. Also if a latent is in a sequential plate.
@@ -147,18 +148,42 @@ class AutoSemiImplicit(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         try:
             self._check_plates()
-        except NotImplementedError:
-            self.prototype_trace = None
+            self._make_parameters()
+        except Exception:
+            self.prototype_trace = None  # the next call sets up again
             raise
+
+    def _make_parameters(self) -> None:
         loc = self._init_loc()
+        D = self.latent_dim
+        network = _MixingNetwork(
+            self.noise_dim, self.hidden_dims, D, self.noise_dependent_scale, loc
+        )
+        shapes = {f"network.{name}": value.shape for name, value in network.named_parameters()}
+        self._check_store({"loc": (D,), "scale": (D,), "unit_tril": (D, D), **shapes})
+        # Attributes set during a call take the value that the parameter store has for their name.
         self.loc = nn.Parameter(loc)
         self.scale = PyroParam(torch.full_like(loc, self.init_scale), constraints.positive)
         if self.covariance == "full":
-            eye = eye_like(loc, self.latent_dim)
-            self.unit_tril = PyroParam(eye, constraints.unit_lower_cholesky)
-        self.network = _MixingNetwork(
-            self.noise_dim, self.hidden_dims, self.latent_dim, self.noise_dependent_scale, loc
-        )
+            self.unit_tril = PyroParam(eye_like(loc, D), constraints.unit_lower_cholesky)
+        self.network = network
+        for module in network.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                module._parameters.pop(name)  # `del` would remove it from the store, too
+                setattr(module, name, value)
+
+    def _check_store(self, shapes: dict) -> None:
+        if pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        for name, shape in shapes.items():
+            stored = f"{self._pyro_name}.{name}"
+            if stored in store and store[stored].shape != shape:
+                raise ValueError(
+                    f"Pyro's parameter store holds '{stored}' of another guide or model: shape "
+                    f"{tuple(store[stored].shape)} where {tuple(shape)} is needed. Call "
+                    "pyro.clear_param_store() before a new fit."
+                )
 
     def _check_plates(self) -> None:
         for name, site in self.prototype_trace.iter_stochastic_nodes():
@@ -174,7 +199,8 @@ class AutoSemiImplicit(AutoContinuous):
 
     def _ensure_setup(self, *args, **kwargs) -> None:
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with self._pyro_context:  # as in a call
+                self._setup_prototype(*args, **kwargs)
 
     def _conditional(self, noise: Tensor) -> _AffineNormal:
         """q(z | psi) for noise psi (*batch, E)."""

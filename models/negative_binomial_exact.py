@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from .counts import check_counts, check_hyperparameters, count_exceedances
+from .negative_binomial_joint import LogJoint, make_log_joint
 
 __all__ = ["ExactPosterior", "exact_posterior"]
 
@@ -50,7 +50,7 @@ class ExactPosterior:
     grid: dict[str, Tensor] = field(repr=False)
     density: dict[str, Tensor] = field(repr=False)
     joint: Tensor = field(repr=False)
-    _log_joint: "_LogJoint" = field(repr=False)
+    _log_joint: LogJoint = field(repr=False)
     _nodes: dict[str, Tensor] = field(repr=False)  # u
     _slope: dict[str, Tensor] = field(repr=False)  # marginal densities per unit of u
     _cdf: dict[str, Tensor] = field(repr=False)  # at the nodes
@@ -256,7 +256,7 @@ def exact_posterior(
     """
     if not 100 <= num_points <= _MAX_POINTS:
         raise ValueError(f"num_points must be in [100, {_MAX_POINTS}], found {num_points}.")
-    log_joint = _make_log_joint(x, a, b, alpha, beta)
+    log_joint = make_log_joint(x, a, b, alpha, beta)
     ends = _box(log_joint)
     device = log_joint.exceedances.device
     while True:
@@ -313,63 +313,6 @@ def exact_posterior(
     )
 
 
-@dataclass(frozen=True)
-class _LogJoint:
-    """log p(x, r, p) as a density of (s, v) = (log r, logit p), float64."""
-
-    exceedances: Tensor  # n_{>j}, shape (max count,)
-    size: float  # N
-    total: float  # sum of the counts
-    constant: float  # all that depends on neither r nor p
-    a: float
-    b: float
-    alpha: float
-    beta: float
-
-    def of_r(self, s: Tensor) -> Tensor:
-        """Terms in r alone; s of shape (S,)."""
-        r = s.exp()
-        value = self.constant + self.a * s - self.b * r
-        if len(self.exceedances):
-            value = value + self.exceedances[0] * s  # j = 0, where exp(s) may underflow
-        for start in range(1, len(self.exceedances), 1000):  # memory: 1000 S numbers
-            n = self.exceedances[start : start + 1000]
-            j = torch.arange(start, start + len(n), dtype=s.dtype, device=s.device)
-            value = value + (r.unsqueeze(-1) + j).log() @ n
-        return value
-
-    def of_p(self, s: Tensor, v: Tensor) -> Tensor:
-        """Terms in p: the kernel of Beta(alpha + total, beta + N r) in logit p; broadcasts."""
-        first, second = self.alpha + self.total, self.beta + self.size * s.exp()
-        return -first * softplus(-v) - second * softplus(v)
-
-    def best_v(self, s: Tensor) -> Tensor:
-        """The logit of p that maximises the density for given log r."""
-        return math.log(self.alpha + self.total) - (self.beta + self.size * s.exp()).log()
-
-    def profile(self, s: Tensor) -> Tensor:
-        """Largest value over logit p."""
-        return self.of_r(s) + self.of_p(s, self.best_v(s))
-
-    def __call__(self, s: Tensor, v: Tensor) -> Tensor:
-        """Values on the lattice s x v, shape (S, V)."""
-        return self.of_r(s).unsqueeze(-1) + self.of_p(s.unsqueeze(-1), v)
-
-
-def _make_log_joint(x, a: float, b: float, alpha: float, beta: float) -> _LogJoint:
-    device = x.device if isinstance(x, Tensor) else None
-    counts = check_counts(x)
-    a, b, alpha, beta = float(a), float(b), float(alpha), float(beta)
-    check_hyperparameters(a=a, b=b, alpha=alpha, beta=beta)
-    log_beta = math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
-    constant = a * math.log(b) - math.lgamma(a) - log_beta
-    constant -= float(torch.lgamma(torch.from_numpy(counts) + 1.0).sum())
-    exceedances = torch.from_numpy(count_exceedances(counts)).to(device)
-    return _LogJoint(
-        exceedances, float(counts.size), float(counts.sum()), constant, a, b, alpha, beta
-    )
-
-
 def _too_flat(what: str) -> ValueError:
     return ValueError(
         f'site "x": {what}; these counts and priors leave the posterior next to improper. '
@@ -382,7 +325,7 @@ def _stretched(u: Tensor) -> Tensor:
     return _STRETCH * u.sinh()
 
 
-def _box(log_joint: _LogJoint) -> dict[str, tuple[float, float]]:
+def _box(log_joint: LogJoint) -> dict[str, tuple[float, float]]:
     """Ranges of u, for r and p, that hold every point within _DROP nats of the peak."""
     options = {"dtype": torch.float64, "device": log_joint.exceedances.device}
     low, high = -3.0, 3.0

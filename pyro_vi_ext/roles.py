@@ -2,9 +2,10 @@ r"""What each site of a guide is for.
 
 A *mixing* site is an auxiliary site (``infer={"is_auxiliary": True}``) on which the distribution of
 another, non-``Delta`` site of the guide directly depends: it is the noise :math:`\psi` of a
-semi-implicit guide (arXiv:1805.11183). Every other site that is used is a *conditional*: its density belongs to
-:math:`\log q`. In particular the auxiliary latent that ``AutoNormal`` or ``AutoMultivariateNormal``
-samples in unconstrained coordinates feeds only ``Delta`` sites, and is a conditional.
+semi-implicit guide (arXiv:1805.11183). Every other site that is used is a *conditional*: its
+density belongs to :math:`\log q`. In particular the auxiliary latent that ``AutoNormal`` or
+``AutoMultivariateNormal`` samples in unconstrained coordinates feeds only ``Delta`` sites, and is a
+conditional.
 
 Dependence is read off one run of the guide in which the value of every stochastic site carries its
 name (Pyro's provenance tracking), so that ``z2`` given ``z1`` given ``psi`` depends on ``z1`` only.
@@ -136,9 +137,9 @@ def _check_deltas(sites: dict, roles: GuideRoles, supports: dict) -> None:
     if roles.unused and orphans:
         raise ValueError(
             f"Nothing in the guide depends on the auxiliary site '{min(roles.unused)}', and the "
-            f"Delta site '{orphans[0]}' on no site. If the Delta is a function of the noise, compute "
-            "it with torch operations, so that the dependence can be followed; otherwise remove "
-            "the auxiliary site."
+            f"Delta site '{orphans[0]}' on no site. If the Delta is a function of the noise, "
+            "compute it with torch operations, so that the dependence can be followed; otherwise "
+            "remove the auxiliary site."
         )
     for name, site in sites.items():
         children = roles.delta_children(name)

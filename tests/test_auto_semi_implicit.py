@@ -1,4 +1,4 @@
-"""AutoSemiImplicit: shapes, densities against torch's own, persistence, errors; no tuned tolerance."""
+"""AutoSemiImplicit: shapes, densities against torch's own, persistence, errors."""
 
 import io
 import math
@@ -49,11 +49,12 @@ def plated():
 
 
 def nested():
-    with pyro.plate("inner", 3, dim=-1):
+    inner, outer = pyro.plate("inner", 3, dim=-1), pyro.plate("outer", 4, dim=-2)
+    with inner:
         pyro.sample("a", dist.Beta(2.0, 2.0))
-    with pyro.plate("outer", 4, dim=-2):
+    with outer:
         pyro.sample("b", dist.Normal(0.0, 1.0))
-        with pyro.plate("inner", 3, dim=-1):
+        with inner:
             pyro.sample("c", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
 
 
@@ -100,6 +101,7 @@ each_model = pytest.mark.parametrize("kind", MODELS)
 def made(kind, **kwargs):
     """A guide after its first call, its parameters moved off their symmetric start."""
     model, nesting, shapes = MODELS[kind]
+    pyro.clear_param_store()
     guide = AutoSemiImplicit(model, **kwargs)
     guide()
     with torch.no_grad():
@@ -183,7 +185,7 @@ def test_draws_under_an_outer_plate(kind, further):
 @each_model
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
 def test_rescoring_on_extra_mixing_draws(kind, covariance):
-    """The guide runs on K fresh noises at J given latents, and the density is that of J x K pairs."""
+    """The guide runs on K fresh noises at J given latents; the density is that of J x K pairs."""
     guide, _, nesting, shapes = made(kind, covariance=covariance)
     J, K = 4, 6
     with pyro.plate("particles", J, dim=-nesting - 1), torch.no_grad():
@@ -348,9 +350,9 @@ def test_posterior_mixture_by_quadrature():
 def test_posterior_mixture_agrees_with_the_guides_draws():
     """E[1 / q(z) * g(z)] over the guide's own draws is the integral of g, for a density g."""
     guide, *_ = made("mixed")
-    D, S = guide.latent_dim, 4000
+    D, S = guide.latent_dim, 2000
     with torch.no_grad():
-        posterior = guide.get_posterior(num_mixing_particles=4000)
+        posterior = guide.get_posterior(num_mixing_particles=2000)
         z = guide._conditional(guide._draw_noise(S)).sample()
         target = MultivariateNormal(posterior.mean, torch.diag(posterior.variance / 4))
         weight = (target.log_prob(z) - posterior.log_prob(z)).exp()
@@ -426,6 +428,7 @@ def test_init_loc_fn_is_used():
     guide = AutoSemiImplicit(model, init_loc_fn=init_to_median)
     guide()
     assert (guide.loc - 40).abs() < 1
+    pyro.clear_param_store()
     guide = AutoSemiImplicit(model)
     guide()
     assert guide.loc == 0
@@ -533,6 +536,26 @@ def test_draws_do_not_depend_on_a_stale_parameter_store():
     pyro.set_rng_seed(1)
     after = guide.sample_posterior(5)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_new_guide_continues_from_the_parameter_store():
+    """As Pyro's own guides do; also the network, or SVI would train parameters nobody reads."""
+    guide, model, _, _ = made("plated")
+    other = AutoSemiImplicit(model)
+    other.sample_posterior(1)
+    assert {id(p) for p in other.parameters()} == {id(p) for p in guide.parameters()}
+    for name, value in other.named_parameters():
+        assert torch.equal(value, dict(guide.named_parameters())[name])
+
+
+def test_a_parameter_store_of_another_model():
+    made("mixed")
+    guide = AutoSemiImplicit(MODELS["plated"][0])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"AutoSemiImplicit\..*clear_param_store"):
+            guide()
+    pyro.clear_param_store()
+    guide()
 
 
 def test_only_the_noise_is_a_mixing_variable():
@@ -669,7 +692,7 @@ def test_a_bimodal_posterior():
         torch.tensor(1.5)
     )
     evidence = joint.logsumexp(0) + (z[1] - z[0]).log()
-    guide = fitted(model, 600, 20, 30)
+    guide = fitted(model, 400, 20, 30)
     bound_gap, error = gap(model, guide, evidence, 300, 10)
     assert -4 * error < bound_gap < math.log(2) / 4
     draws = guide.sample_posterior(2000)["z"]
