@@ -168,7 +168,7 @@ def run_published(x, args, num_mixing):
 def run_auto(x, args, num_mixing):
     guide = AutoSemiImplicit(negative_binomial)
     loss = SemiImplicitELBO(50, num_mixing)(negative_binomial, guide)
-    fit(loss, x, num_steps=args.num_steps, optimizer=adam(0.01), scheduler=decay(0.998))
+    fit(loss, x, num_steps=args.num_steps, optimizer=adam(0.01), scheduler=cosine(args.num_steps))
     return Fitted(guide, semi_implicit=True)
 
 
@@ -208,6 +208,10 @@ def adam(lr):
 
 def decay(gamma):
     return lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+
+def cosine(num_steps):
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
 
 
 # --- what is reported --------------------------------------------------------------------------

@@ -9,9 +9,9 @@ r"""A semi-implicit guide made from a model (Yin and Zhou 2018, arXiv:1805.11183
 
 over the unconstrained coordinates :math:`z` of all latent sites; the latents are
 :math:`\theta = T(z)` with :math:`T` Pyro's ``biject_to`` of their supports. :math:`c` and :math:`L`
-(lower triangular) are learned, :math:`\mu` and :math:`\log \sigma` are a network. Working in units
-of :math:`L` makes the family, and where training starts, indifferent to affine changes of
-:math:`z`. A :math:`\sigma` that depends on :math:`\psi` is what follows funnels.
+(lower triangular) are learned, :math:`\mu` and :math:`\log \sigma` are a network. As the network
+works in units of :math:`L`, one setting of it serves posteriors of any scale and correlation. A
+:math:`\sigma` that depends on :math:`\psi` is what follows funnels.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ class AutoSemiImplicit(AutoContinuous):
         \mu(\psi) = A \psi + B\, f(\psi) + b, \qquad
         \log \sigma(\psi) = s + 2 \tanh\big(\tfrac12 [B' f(\psi) + b']\big),
 
-    with :math:`f` a tanh network (odd at first, so that it does not slide into one of two modes),
-    and :math:`c, L, A, B, b, B', b', s` and the weights of :math:`f`
-    learned. Marginally in :math:`\psi` the latents may be skewed, curved, multi-modal and
-    correlated across sites; given :math:`\psi` the density is a Gaussian one, pushed through
-    :math:`T`. On the negative-binomial model with ``covariance="diagonal"`` and
+    with :math:`f` a tanh network (nearly odd at first, so that it does not slide into one of two
+    modes), and :math:`c, L, A, B, b, B', b', s` and the weights of :math:`f` learned. Marginally in
+    :math:`\psi` the latents may be skewed, curved, multi-modal and correlated across sites; given
+    :math:`\psi` the density is a Gaussian one, pushed through :math:`T`. On the negative-binomial model with ``covariance="diagonal"`` and
     ``noise_dependent_scale=False`` it is the LogNormal x LogitNormal conditional of the paper.
 
     Train it with :class:`pyro_vi_ext.SemiImplicitELBO`. ``Trace_ELBO`` would add the entropy of
