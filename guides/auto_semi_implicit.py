@@ -31,6 +31,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from .affine_normal import AffineNormal
+
 __all__ = ["AutoSemiImplicit"]
 
 # One setting for all models. Tried on the negative-binomial posterior, a banana, an X, bimodal
@@ -57,8 +59,9 @@ class AutoSemiImplicit(AutoContinuous):
     with :math:`f` a tanh network (nearly odd at first, so that it does not slide into one of two
     modes), and :math:`c, L, A, B, b, B', b', s` and the weights of :math:`f` learned. Marginally in
     :math:`\psi` the latents may be skewed, curved, multi-modal and correlated across sites; given
-    :math:`\psi` the density is a Gaussian one, pushed through :math:`T`. On the negative-binomial model with ``covariance="diagonal"`` and
-    ``noise_dependent_scale=False`` it is the LogNormal x LogitNormal conditional of the paper.
+    :math:`\psi` the density is a Gaussian one, pushed through :math:`T`. On the negative-binomial
+    model with ``covariance="diagonal"`` and ``noise_dependent_scale=False`` it is the LogNormal x
+    LogitNormal conditional of the paper.
 
     Train it with :class:`pyro_vi_ext.SemiImplicitELBO`. ``Trace_ELBO`` would add the entropy of
     the noise to the bound. Sites, besides the model's latents (``Delta``, in their plates):
@@ -201,11 +204,11 @@ class AutoSemiImplicit(AutoContinuous):
             with self._pyro_context:  # as in a call
                 self._setup_prototype(*args, **kwargs)
 
-    def _conditional(self, noise: Tensor) -> _AffineNormal:
+    def _conditional(self, noise: Tensor) -> AffineNormal:
         """q(z | psi) for noise psi (*batch, E)."""
         shift, log_sigma = self.network(noise)
         unit_tril = self.unit_tril if self.covariance == "full" else None
-        return _AffineNormal(self.loc, self.scale, unit_tril, shift, log_sigma)
+        return AffineNormal(self.loc, self.scale, unit_tril, shift, log_sigma)
 
     def _draw_noise(self, num: int) -> Tensor:
         return torch.randn(num, self.noise_dim, dtype=self.loc.dtype, device=self.loc.device)
@@ -337,85 +340,6 @@ class _MixingNetwork(PyroModule):
             return shift, self.log_sigma
         bounded = _LOG_SCALE_RANGE * torch.tanh(out[..., self.latent_dim :] / _LOG_SCALE_RANGE)
         return shift, self.log_sigma + bounded
-
-
-class _AffineNormal(dist.TorchDistribution):
-    r"""The Gaussian :math:`c + L\,(\mu + \sigma \odot u)`, with one L for the whole batch.
-
-    ``log_prob`` undoes L on the value, before the value meets the batch: for values (J, 1, D) and
-    a batch of K the triangular solve is done J times and only products are of size J x K x D.
-    ``MultivariateNormal`` would solve J x K systems.
-
-    :param loc: c, shape (D,).
-    :param scale: diagonal of L, shape (D,).
-    :param unit_tril: ``L = diag(scale) @ unit_tril``, shape (D, D), or None for the identity.
-    :param shift: mu, shape (*batch, D).
-    :param log_sigma: shape broadcastable to (*batch, D).
-    """
-
-    arg_constraints = {
-        "loc": constraints.real_vector,
-        "scale": constraints.independent(constraints.positive, 1),
-        "shift": constraints.real_vector,
-        "log_sigma": constraints.real_vector,
-    }
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, loc, scale, unit_tril, shift, log_sigma, validate_args=None):
-        self.loc, self.scale, self.unit_tril = loc, scale, unit_tril
-        self.shift, self.log_sigma = shift, log_sigma
-        super().__init__(shift.shape[:-1], shift.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(_AffineNormal, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new.loc, new.scale, new.unit_tril = self.loc, self.scale, self.unit_tril
-        new.shift = self.shift.expand(batch_shape + self.event_shape)
-        new.log_sigma = self.log_sigma
-        super(_AffineNormal, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def rsample(self, sample_shape=()):
-        shape = self._extended_shape(torch.Size(sample_shape))
-        u = torch.randn(shape, dtype=self.shift.dtype, device=self.shift.device)
-        return self._color(torch.addcmul(self.shift, self.log_sigma.exp(), u))
-
-    def log_prob(self, value):
-        if self._validate_args:
-            self._validate_sample(value)
-        inverse = (-self.log_sigma).exp()
-        u = torch.addcmul(-self.shift * inverse, self._whiten(value), inverse)
-        log_det = self.scale.log().sum(-1) + self.log_sigma.sum(-1)
-        constant = 0.5 * math.log(2 * math.pi) * self.event_shape[0]
-        return -0.5 * u.square().sum(-1) - log_det - constant
-
-    def _color(self, y):
-        if self.unit_tril is not None:
-            y = y @ self.unit_tril.mT
-        return self.loc + self.scale * y
-
-    def _whiten(self, value):
-        y = (value - self.loc) / self.scale
-        if self.unit_tril is None:
-            return y
-        rows = y.reshape(-1, y.shape[-1])
-        rows = torch.linalg.solve_triangular(
-            self.unit_tril.mT, rows, upper=True, left=False, unitriangular=True
-        )
-        return rows.reshape(y.shape)
-
-    @property
-    def mean(self):
-        return self._color(self.shift)
-
-    @property
-    def variance(self):
-        variance = (2 * self.log_sigma).exp()
-        if self.unit_tril is not None:
-            variance = variance @ self.unit_tril.square().mT
-        return (self.scale.square() * variance).expand(self.batch_shape + self.event_shape)
 
 
 def _positive_int(name: str, value) -> None:

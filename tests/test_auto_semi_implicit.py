@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch.distributions import MultivariateNormal
 
 from pyro_vi_ext import SemiImplicitELBO
-from pyro_vi_ext.guides.auto_semi_implicit import AutoSemiImplicit, _AffineNormal
+from pyro_vi_ext.guides.auto_semi_implicit import AutoSemiImplicit
 from pyro_vi_ext.roles import guide_roles
 
 NOISE, LATENT = "_AutoSemiImplicit_noise", "_AutoSemiImplicit_latent"
@@ -252,75 +252,6 @@ def test_setup_does_not_see_an_outer_plate():
     with pyro.plate("particles", 7, dim=-3):
         guide()
     assert {name: tuple(value.shape) for name, value in guide().items()} == shapes
-
-
-# --- the conditional ---------------------------------------------------------------------------
-
-
-def affine_normal(batch=(), D=3, unit=True):
-    loc, scale = torch.randn(D), torch.rand(D) + 0.5
-    unit_tril = torch.eye(D) + torch.randn(D, D).tril(-1) if unit else None
-    fn = _AffineNormal(loc, scale, unit_tril, torch.randn(*batch, D), torch.randn(*batch, D) / 2)
-    lower = scale[:, None] * (unit_tril if unit else torch.eye(D))
-    means = loc + (lower @ fn.shift.unsqueeze(-1)).squeeze(-1)
-    return fn, MultivariateNormal(means, scale_tril=lower * fn.log_sigma.exp().unsqueeze(-2))
-
-
-@pytest.mark.parametrize("unit", [True, False])
-def test_conditional_is_torchs_multivariate_normal(unit):
-    fn, exact = affine_normal((5,), unit=unit)
-    value = torch.randn(4, 1, 3)
-    torch.testing.assert_close(fn.log_prob(value), exact.log_prob(value))
-    torch.testing.assert_close(fn.mean, exact.mean)
-    torch.testing.assert_close(fn.variance, exact.variance)
-    wide = fn.expand([2, 5])
-    assert wide.batch_shape == (2, 5) and wide.rsample([4]).shape == (4, 2, 5, 3)
-    torch.testing.assert_close(
-        wide.log_prob(value[:, None]), exact.log_prob(value[:, None]) + torch.zeros(4, 2, 5)
-    )
-
-
-@pytest.mark.parametrize("unit", [True, False])
-def test_conditional_draws_what_it_scores(unit):
-    fn, exact = affine_normal(unit=unit)
-    N = 20000
-    z = fn.sample((N,)) - exact.mean
-    error = (exact.variance / N).sqrt()
-    assert (z.mean(0).abs() < 4 * error).all()
-    products = z[:, :, None] * z[:, None, :]
-    error = products.std(0) / N**0.5
-    assert ((products.mean(0) - exact.covariance_matrix).abs() < 4 * error).all()
-
-
-def test_conditional_gradients():
-    fn, exact = affine_normal((5,))
-    value = torch.randn(4, 1, 3, requires_grad=True)
-    (ours,) = torch.autograd.grad(fn.log_prob(value).exp().sum(), value)
-    (theirs,) = torch.autograd.grad(exact.log_prob(value).exp().sum(), value)
-    torch.testing.assert_close(ours, theirs)
-    leaves = [
-        torch.randn(3),
-        torch.rand(3) + 0.5,
-        torch.eye(3),
-        torch.randn(5, 3),
-        torch.randn(5, 3),
-    ]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    fixed = value.detach()
-    assert torch.autograd.gradcheck(
-        lambda a, b, c, d, e: _AffineNormal(a, b, c, d, e).log_prob(fixed), leaves
-    )
-
-
-def test_conditional_refuses_bad_parameters_and_values():
-    nan = torch.full((3,), math.nan)
-    with pytest.raises(ValueError, match="loc"):
-        _AffineNormal(nan, torch.ones(3), None, torch.zeros(3), torch.zeros(3), validate_args=True)
-    fn = _AffineNormal(
-        *[torch.ones(3)] * 2, None, torch.zeros(3), torch.zeros(3), validate_args=True
-    )
-    with pytest.raises(ValueError):
-        fn.log_prob(torch.zeros(2))
 
 
 # --- the marginal ------------------------------------------------------------------------------
