@@ -31,7 +31,7 @@ def test_negative_binomial(tmp_path, capsys):
     example = load("negative_binomial")
     argv = (
         "--num-steps 30 --num-mixing 0 3 --num-draws 2000 --num-exported 200 --num-evaluations 2 "
-        f"--num-nuts 100 --no-progress --output {tmp_path}"
+        f"--num-nuts 100 --output {tmp_path}"
     )
     rows = example.main(example.parse(argv.split()))
     out = capsys.readouterr().out
