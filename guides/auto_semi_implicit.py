@@ -214,7 +214,7 @@ class AutoSemiImplicit(AutoContinuous):
         return torch.randn(num, self.noise_dim, dtype=self.loc.dtype, device=self.loc.device)
 
     def sample_latent(self, *args, **kwargs) -> Tensor:
-        """Sample the noise, and given it the packed unconstrained latent (*batch, D)."""
+        """Sample the noise, and given it the packed unconstrained latent ``(*batch, D)``."""
         noise_scale = self.loc.new_ones(self.noise_dim)
         noise = pyro.sample(
             f"_{self._pyro_name}_noise",
@@ -258,7 +258,7 @@ class AutoSemiImplicit(AutoContinuous):
             args: the model's, used if the guide has not been called yet. `kwargs` likewise.
 
         Returns:
-            dict, site name -> draws of shape (S, *shape of the site in the model).
+            dict, site name -> draws of shape (S,) + shape of the site in the model.
         """
         _positive_int("num_samples", num_samples)
         self._ensure_setup(*args, **kwargs)
@@ -277,7 +277,7 @@ class AutoSemiImplicit(AutoContinuous):
             num_samples: number of draws.
 
         Returns:
-            dict, site name -> tensor of shape (Q, *shape of the site in the model).
+            dict, site name -> tensor of shape (Q,) + shape of the site in the model.
         """
         _positive_int("num_samples", num_samples)
         self._ensure_setup(*args, **kwargs)
