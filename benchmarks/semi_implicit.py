@@ -6,7 +6,7 @@ it: plain tensors and formulas. Steps alternate between the contestants, so that
 machine's speed hits all alike; the figures are medians of rounds, the ratios medians of the rounds'
 ratios.
 
-    python benchmarks/semi_implicit.py [--rounds 15] [--steps 40] [--device cpu] [--validate]
+    python benchmarks/semi_implicit.py [--rounds 15] [--steps 40] [--device cpu] [--validate] [--memory]
 """
 
 import argparse
@@ -16,13 +16,14 @@ import statistics
 import time
 
 import pyro
+import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from memory import peak_bytes
 from pyro.infer import Trace_ELBO
 
 from pyro_vi_ext import SemiImplicitELBO
-from pyro_vi_ext.guides import NegativeBinomialSemiImplicit
+from pyro_vi_ext.guides import AutoSemiImplicit, NegativeBinomialSemiImplicit
 from pyro_vi_ext.models.negative_binomial import load_mites, negative_binomial
 
 J = 50
@@ -151,6 +152,42 @@ def measure(x, num_mixing, rounds, steps):
     return times, memory
 
 
+class Widened(torch.nn.Module):
+    """n Normal conditionals around n noises, with a fixed or a learned scale."""
+
+    def __init__(self, n, learned):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(n))
+        self.log_scale = torch.nn.Parameter(torch.zeros(n), requires_grad=learned)
+
+    def forward(self):
+        noise = dist.Normal(torch.zeros_like(self.factor), 1.0).to_event(1)
+        psi = pyro.sample("psi", noise, infer={"is_auxiliary": True})
+        scale = self.log_scale.exp() if self.log_scale.requires_grad else 0.5
+        pyro.sample("z", dist.Normal(self.factor * psi, scale).to_event(1))
+
+
+def print_memory():
+    """Peak bytes of a step over b J (K + 1) n: the constant c of SemiImplicitELBO's docstring."""
+    print(f"\n{'guide':>22} {'J':>4} {'K':>5} {'n':>3} {'c':>6}")
+    for j, k, n in [(50, 1000, 1), (50, 1000, 20), (200, 1000, 20), (50, 100, 20)]:
+
+        def model(n=n):
+            pyro.sample("z", dist.Normal(torch.zeros(n), 1.0).to_event(1))
+
+        guides = {
+            "Normal, fixed scale": Widened(n, learned=False),
+            "Normal, learned scale": Widened(n, learned=True),
+            "AutoSemiImplicit": AutoSemiImplicit(model),
+        }
+        for name, guide in guides.items():
+            pyro.clear_param_store()
+            module = SemiImplicitELBO(j, k)(model, guide)
+            module()
+            peak = peak_bytes(lambda module=module: module().backward(), "cpu")
+            print(f"{name:>22} {j:>4} {k:>5} {n:>3} {peak / (4 * j * (k + 1) * n):>6.2f}")
+
+
 def main(args):
     torch.manual_seed(args.seed)
     pyro.enable_validation(args.validate)
@@ -179,5 +216,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="the constant of the memory formula")
     parser.add_argument("--validate", action="store_true", help="with Pyro's validation on")
     main(parser.parse_args())

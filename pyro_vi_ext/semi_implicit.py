@@ -75,11 +75,12 @@ class SemiImplicitELBO(Objective):
 
     .. math:: c \cdot b \cdot J \,(K + 1) \cdot \sum_s n_s \ \text{bytes},
 
-    with :math:`n_s` the number of elements (batch times event) of conditional :math:`s`, :math:`b`
-    the bytes of its dtype and :math:`c \approx 5` for Normal conditionals (measured by
-    ``benchmarks/semi_implicit.py``), plus the model's and the networks' activations for
-    :math:`J + K` draws. If a conditional depends on another conditional, the networks are
-    evaluated on all :math:`J K` pairs.
+    with :math:`n_s` the number of elements (batch times event) of conditional :math:`s` and
+    :math:`b` the bytes of its dtype. Measured (``benchmarks/semi_implicit.py --memory``):
+    :math:`c` is 5 for Normal conditionals of fixed scale, 6 to 7 of learned scale, and 4 to 7 for
+    ``AutoSemiImplicit``. The model's and the networks' activations for :math:`J + K` draws come on
+    top. If a conditional depends on another conditional, the networks are evaluated on all
+    :math:`J K` pairs.
 
     :param num_particles: J, the number of draws of z. An integer >= 1.
     :param num_mixing_particles: K, the number of extra draws of psi. An integer >= 0; K = 0 is the
