@@ -6,7 +6,8 @@ it: plain tensors and formulas. Steps alternate between the contestants, so that
 machine's speed hits all alike; the figures are medians of rounds, the ratios medians of the rounds'
 ratios.
 
-    python benchmarks/semi_implicit.py [--rounds 15] [--steps 40] [--device cpu] [--validate] [--memory]
+    python benchmarks/semi_implicit.py [--rounds 15] [--steps 40] [--threads 1]
+        [--device cpu] [--validate] [--memory]
 """
 
 import argparse
@@ -190,11 +191,18 @@ def print_memory():
 
 def main(args):
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
     pyro.enable_validation(args.validate)
     x = load_mites(dtype=torch.float32).to(args.device)
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    hardware = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine()
+    )
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, python {platform.python_version()}")
     print(f"{args.device}: {hardware}, {torch.get_num_threads()} threads, seed {args.seed}")
+    if args.memory:
+        return print_memory()
     print(
         f"J = {J}, float32, validation {'on' if args.validate else 'off'} (Pyro, not hand-written)"
     )
@@ -214,6 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-mixing", type=int, nargs="+", default=[0, 20, 100, 1000])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1, help="more make small tensors slower")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", action="store_true", help="the constant of the memory formula")
