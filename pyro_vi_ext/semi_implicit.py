@@ -14,6 +14,7 @@ r"""Semi-implicit variational inference (Yin and Zhou 2018, arXiv:1805.11183).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -193,11 +194,9 @@ def _pair_terms(run, pair, num_extra, own_included, shared_psi) -> list[Term]:
     if num_extra == 0:
         log_h = own
     else:
-        extra = 0.0
         rescored = _rescore(run, pair, averaged, scored.masks, num_extra, shared_psi)
-        for log_prob in rescored:  # each (J, K, *batch)
-            extra = extra + sum_to_units(log_prob, plates, keep=2)
-        log_h = torch.logsumexp(extra, 1)
+        extra = [sum_to_units(log_prob, plates, keep=2) for log_prob in rescored]  # (J, K, *unit)
+        log_h = torch.logsumexp(functools.reduce(torch.add, extra), 1)
         if own_included:
             log_h = torch.logaddexp(log_h, own)
         log_h = log_h - math.log(num_extra + own_included)
