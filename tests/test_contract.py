@@ -41,13 +41,7 @@ TRAINED = [name for name in OBJECTIVES if "upper" not in name]  # upper bounds a
 DATA = torch.tensor([0.3, -1.2, 0.8, 1.9, -0.4, 0.1])
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # --- the pairs -------------------------------------------------------------------------------

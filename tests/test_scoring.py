@@ -17,14 +17,7 @@ from pyro_vi_ext.scoring import log_mean_bound, log_weights, pair_terms, unit_pl
 X = torch.tensor([0.5, -1.0, 2.0, 0.25, 1.5, -0.5], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def kl(loc, scale, prior_loc=0.0, prior_scale=1.0):

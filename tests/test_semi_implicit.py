@@ -14,14 +14,7 @@ from pyro_vi_ext import SemiImplicitELBO
 S, RHO = 0.8, 0.6  # q(z | psi) = N(m + b psi, S^2), psi ~ N(0, 1); q(z) = N(m, S^2 + b^2)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def grid(dims, points):

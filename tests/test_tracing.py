@@ -14,14 +14,7 @@ AUXILIARY = {"is_auxiliary": True}
 X = torch.arange(8.0, dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def model():
