@@ -2,7 +2,7 @@ r"""What each site of a guide is for.
 
 A *mixing* site is an auxiliary site (``infer={"is_auxiliary": True}``) on which the distribution of
 another, non-``Delta`` site of the guide directly depends: it is the noise :math:`\psi` of a
-semi-implicit guide (arXiv:1805.11183). Every other site that is used is a *conditional*: its
+semi-implicit guide (arXiv:1805.11183). Every other site is a *conditional*: its
 density belongs to :math:`\log q`. In particular the auxiliary latent that ``AutoNormal`` or
 ``AutoMultivariateNormal`` samples in unconstrained coordinates feeds only ``Delta`` sites, and is a
 conditional.
@@ -13,6 +13,7 @@ name (Pyro's provenance tracking), so that ``z2`` given ``z1`` given ``psi`` dep
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pyro
@@ -32,27 +33,26 @@ class GuideRoles:
     """Dependence among the sites of a guide.
 
     :param parents: site name -> names of the stochastic guide sites its distribution directly
-        depends on (``Delta`` sites are transparent).
+        depends on (auxiliary ``Delta`` sites are transparent).
     :param mixing: names of the mixing sites, in the order of the guide.
     :param deltas: names of the ``Delta`` sites.
-    :param unused: auxiliary sites on which nothing depends. They integrate to one, so like the
-        density of a mixing variable theirs does not enter (stock Pyro adds their entropy).
+    :param derived: auxiliary ``Delta`` sites that are functions of mixing variables.
     """
 
     parents: dict[str, frozenset[str]] = field(default_factory=dict)
     mixing: tuple[str, ...] = ()
     deltas: frozenset[str] = frozenset()
-    unused: frozenset[str] = frozenset()
+    derived: frozenset[str] = frozenset()
 
     @property
     def unscored(self) -> frozenset[str]:
         """Names of the sites whose density is no part of log q."""
-        return self.unused | frozenset(self.mixing)
+        return self.derived | frozenset(self.mixing)
 
     def given_mixing(self) -> tuple[str, ...]:
         """Names of the conditionals q(z | psi) that directly depend on a mixing site."""
-        mixing = set(self.mixing)
-        return tuple(n for n, up in self.parents.items() if n not in mixing and up & mixing)
+        mixing, skip = set(self.mixing), self.unscored
+        return tuple(n for n, up in self.parents.items() if n not in skip and up & mixing)
 
     def delta_children(self, name: str) -> tuple[str, ...]:
         """Names of the ``Delta`` sites that are functions of conditional ``name``."""
@@ -75,7 +75,8 @@ class _TrackSites(Messenger):
     """Marks the value of every stochastic site with the site's name (direct dependence only)."""
 
     def _pyro_post_sample(self, msg):
-        if site_is_subsample(msg) or msg["is_observed"] or is_delta(msg):
+        transparent = is_delta(msg) and msg["infer"].get("is_auxiliary")
+        if site_is_subsample(msg) or msg["is_observed"] or transparent:
             return
         value = detach_provenance(msg["value"])
         if isinstance(value, torch.Tensor):
@@ -87,15 +88,17 @@ def _provenance(site: dict) -> frozenset[str]:
     return get_provenance(log_prob) - {site["name"]}
 
 
-def guide_roles(guide, args=(), kwargs=None, supports=None) -> GuideRoles:
+def guide_roles(guide, args=(), kwargs=None, supports=None, subsample=None) -> GuideRoles:
     """Find the roles of a guide's sites in one run of it, without touching the random state.
 
     :param supports: optional dict, site name -> support of the model's latent of that name.
-    :raises ValueError: if a ``Delta`` site is a function of a mixing site (its density cannot be
-        averaged), or of auxiliary noise of another dimension (no change of variables).
+    :param subsample: optional :class:`~pyro_vi_ext.tracing.SharedSubsample` of the step.
+    :raises ValueError: if nothing is seen to depend on an auxiliary site; if a ``Delta`` site is a
+        function of a mixing site (its density cannot be averaged), or of auxiliary noise of another
+        dimension (no change of variables).
     """
     with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
-        with poutine.block(), _TrackSites():
+        with poutine.block(), _TrackSites(), subsample or nullcontext():
             trace = poutine.trace(guide).get_trace(*args, **(kwargs or {}))
         sites = {
             name: site
@@ -111,20 +114,34 @@ def guide_roles(guide, args=(), kwargs=None, supports=None) -> GuideRoles:
     transparent = deltas | {name for name, site in sites.items() if site_is_factor(site)}
     upstream = frozenset().union(*(parents[n] for n in sites if n not in transparent))
     mixing = tuple(n for n, s in sites.items() if s["infer"].get("is_auxiliary") and n in upstream)
-    used = frozenset().union(*parents.values())
-    unused = frozenset(
-        n
-        for n, s in sites.items()
-        if s["infer"].get("is_auxiliary") and n not in used and n not in transparent
+    derived = frozenset(
+        n for n in deltas if sites[n]["infer"].get("is_auxiliary") and parents[n] & set(mixing)
     )
-    roles = GuideRoles(parents, mixing, deltas, unused)
+    roles = GuideRoles(parents, mixing, deltas, derived)
+    _check_used(sites, roles)
     _check_deltas(sites, roles, supports or {})
     return roles
+
+
+def _check_used(sites: dict, roles: GuideRoles) -> None:
+    used = frozenset().union(*roles.parents.values())
+    for name, site in sites.items():
+        if not site["infer"].get("is_auxiliary") or name in used or name in roles.deltas:
+            continue
+        if not site_is_factor(site):
+            raise ValueError(
+                f"Nothing in the guide is seen to depend on the auxiliary site '{name}'. If it is "
+                "not needed, do not sample it. If it is, compute what depends on it with torch "
+                "operations that return new tensors (no numpy, .item(), out= or assignment into a "
+                "tensor), so that the dependence can be followed."
+            )
 
 
 def _check_deltas(sites: dict, roles: GuideRoles, supports: dict) -> None:
     for name in sites:
         direct = sorted(roles.parents[name] & set(roles.mixing))
+        if name in roles.derived:
+            continue
         if direct and (name in roles.deltas or site_is_factor(sites[name])):
             what = "a Delta" if name in roles.deltas else "a factor"
             raise ValueError(
@@ -133,14 +150,6 @@ def _check_deltas(sites: dict, roles: GuideRoles, supports: dict) -> None:
                 f"distribution with a density whose parameters depend on '{direct[0]}', for "
                 "example a Normal around the same value."
             )
-    orphans = sorted(n for n in roles.deltas if not roles.parents[n])
-    if roles.unused and orphans:
-        raise ValueError(
-            f"Nothing in the guide depends on the auxiliary site '{min(roles.unused)}', and the "
-            f"Delta site '{orphans[0]}' on no site. If the Delta is a function of the noise, "
-            "compute it with torch operations, so that the dependence can be followed; otherwise "
-            "remove the auxiliary site."
-        )
     for name, site in sites.items():
         children = roles.delta_children(name)
         if name in roles.mixing or not site["infer"].get("is_auxiliary") or not children:

@@ -96,7 +96,22 @@ def _term(site, fn, mask, sign, nesting) -> Term:
     if is_validation_enabled():
         site["log_prob"] = log_prob
         check_site_shape(site, nesting)
+        _check_batch(site, log_prob)
     return Term(site["name"], log_prob, site["scale"], plates_of(site), sign, site)
+
+
+def _check_batch(site: dict, log_prob: torch.Tensor) -> None:
+    """No batch dimension but those of plates: Pyro's own check lets some pass among particles."""
+    dims = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    for d in range(-log_prob.dim(), 0):
+        if d not in dims and log_prob.shape[d] != 1:
+            raise ValueError(
+                f"The log-probability of site '{site['name']}' has shape {tuple(log_prob.shape)}, "
+                f"and dimension {d} belongs to no plate. Enclose the site in a pyro.plate, or use "
+                ".to_event(...); if it is right for a single particle, the code does not broadcast "
+                "over particles on the left: index with [..., i], reduce dimensions from the "
+                "right, or pass vectorize_particles=False."
+            )
 
 
 def site_log_prob(site: dict, fn=None, value=None) -> torch.Tensor:
@@ -105,8 +120,9 @@ def site_log_prob(site: dict, fn=None, value=None) -> torch.Tensor:
     value = site["value"] if value is None else value
     try:
         return fn.log_prob(value, *site["args"], **site["kwargs"])
-    except (ValueError, NotImplementedError) as e:
-        raise type(e)(f"Cannot evaluate the density of site '{site['name']}': {e}") from e
+    except (ValueError, NotImplementedError, KeyError) as e:  # KeyError: planar flows
+        error = NotImplementedError if isinstance(e, KeyError) else type(e)
+        raise error(f"Cannot evaluate the density of site '{site['name']}': {e}") from e
 
 
 def plates_of(site: dict) -> dict:

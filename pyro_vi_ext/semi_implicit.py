@@ -225,11 +225,23 @@ def _rescore(run, pair, averaged, masks, num_extra, shared_psi) -> list[torch.Te
             if torch.is_tensor(mask):
                 mask = _insert_mixing_dim(run, mask, 0)
             columns.append(scale_and_mask(site_log_prob(site, fn), 1.0, mask))
-        if len(traces) == 1:
-            result.append(_pad(run, columns[0], 2))
-        else:
-            result.append(torch.cat([_pad(run, column, 2) for column in columns], 1))
+        columns = [_pad(run, column, 2) for column in columns]
+        log_prob = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+        _check_rescored(run, term, log_prob, num_extra)
+        result.append(log_prob)
     return result
+
+
+def _check_rescored(run: Run, term: Term, log_prob: torch.Tensor, num_extra: int) -> None:
+    draws = run.num_particles if run.vectorized else 1
+    if log_prob.shape[:2] != (draws, num_extra):
+        raise ValueError(
+            f"At {draws} draws of site '{term.name}' and {num_extra} extra draws of the mixing "
+            f"variables, its log-density has shape {tuple(log_prob.shape)}, expected {draws} x "
+            f"{num_extra} x batch. Either its parameters do not depend on the mixing variables in "
+            "this call, or the guide does not broadcast over a batch dimension on the left: index "
+            "with [..., i], reduce dimensions from the right, or pass vectorize_particles=False."
+        )
 
 
 def _guide_on_extra_draws(run: Run, pair: TracePair, num_extra: int):
@@ -322,7 +334,7 @@ def _plates_only(site: dict) -> Term:
 
 def _check_reparameterised(run: Run, pair: TracePair) -> None:
     for name, site in sample_sites(pair.guide).items():
-        if getattr(site["fn"], "has_rsample", False) or name in run.roles.unused:
+        if getattr(site["fn"], "has_rsample", False) or name in run.roles.derived:
             continue
         if name in run.roles.mixing:
             if site_log_prob(site).requires_grad:

@@ -8,6 +8,7 @@ shared by every particle, re-scoring and extra draw of the step.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyro.poutine as poutine
@@ -22,7 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 
-from pyro_vi_ext.roles import GuideRoles, guide_roles
+from pyro_vi_ext.roles import GuideRoles, guide_roles, is_delta
 
 __all__ = ["MIXING_PLATE", "PARTICLE_PLATE", "Run", "SharedSubsample", "Structure", "TracePair"]
 
@@ -93,6 +94,7 @@ class Structure:
 
     max_plate_nesting: int
     supports: dict = field(repr=False)
+    ranks: dict = field(repr=False)  # guide site -> dimensions of its value in a single run
     roles: dict = field(default_factory=dict, repr=False)  # guide signature -> GuideRoles
     checked: set = field(default_factory=set, repr=False)  # signatures that passed every check
 
@@ -100,22 +102,26 @@ class Structure:
     def of(model, guide, args, kwargs, max_plate_nesting=float("inf")) -> Structure:
         """Run the pair once; random state and gradients are as they were before."""
         with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+            # Not the numbers of the first step: they would reappear in parameters made here.
+            torch.manual_seed(int(torch.randint(2**62, (), device="cpu")))
             pair = trace_pair(model, guide, args, kwargs)
             if is_validation_enabled():  # weaker later: dims left of the plates hold the particles
                 for trace in (pair.model, pair.guide):
                     trace.compute_log_prob()
                     for site in sample_sites(trace).values():
                         check_site_shape(site, float("inf"))
-        sites = [*sample_sites(pair.model).values(), *sample_sites(pair.guide).values()]
         if max_plate_nesting == float("inf"):
-            dims = [f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
+            nodes = [*pair.model.nodes.values(), *pair.guide.nodes.values()]
+            stacks = [n["cond_indep_stack"] for n in nodes if n["type"] == "sample"]
+            dims = [f.dim for stack in stacks for f in stack if f.vectorized]
             max_plate_nesting = -min(dims, default=0)
         supports = {
             name: site["fn"].support
             for name, site in sample_sites(pair.model).items()
             if not site["is_observed"] and hasattr(site["fn"], "support")
         }
-        return Structure(max_plate_nesting, supports)
+        ranks = {name: site["value"].dim() for name, site in latent_sites(pair.guide).items()}
+        return Structure(max_plate_nesting, supports, ranks)
 
 
 @dataclass
@@ -203,10 +209,11 @@ class Run:
         self.particle_dim = -structure.max_plate_nesting - 1
         outer = [self.outer_plate(PARTICLE_PLATE, num_particles)] if vectorized else []
         given = [{}] * (1 if vectorized else num_particles) if given is None else given
-        self.pairs = [
-            trace_pair(model, guide, args, kwargs, *known, *outer, self.subsample)
-            for known in ([Substitute(values)] if values else [] for values in given)
-        ]
+        with broadcasting(vectorized):
+            self.pairs = [
+                trace_pair(model, guide, args, kwargs, *known, *outer, self.subsample)
+                for known in ([Substitute(values)] if values else [] for values in given)
+            ]
         for pair in self.pairs:
             self._check(pair)
 
@@ -216,7 +223,8 @@ class Run:
 
     def trace_guide(self, *messengers) -> Trace:
         """Trace the guide again on the same subsample, inside further messengers."""
-        return trace_inside(self.guide, self.args, self.kwargs, *messengers, self.subsample)
+        with broadcasting(self.vectorize_mixing):
+            return trace_inside(self.guide, self.args, self.kwargs, *messengers, self.subsample)
 
     @property
     def roles(self) -> GuideRoles:
@@ -231,7 +239,15 @@ class Run:
             )
             if auxiliary:
                 supports = self.structure.supports
-                known[signature] = guide_roles(self.guide, self.args, self.kwargs, supports)
+                roles = guide_roles(self.guide, self.args, self.kwargs, supports, self.subsample)
+                missing = set(sample_sites(guide_trace)) ^ set(roles.parents)
+                if missing:
+                    raise NotImplementedError(
+                        f"Guide site '{min(missing)}' is in one run of the guide and not in "
+                        "another, so the roles of its sites cannot be told. Sample the same sites "
+                        "in every call, or choose them by an argument of the guide."
+                    )
+                known[signature] = roles
             else:
                 known[signature] = GuideRoles()
         return known[signature]
@@ -246,9 +262,63 @@ class Run:
         if validate:
             nesting = self.structure.max_plate_nesting + int(self.vectorized)
             check_model_guide_match(pair.model, pair.guide, nesting)
+            if self.vectorized and not isinstance(poutine.unwrap(self.guide), GuideMessenger):
+                self._check_single(pair)
         if len(self.structure.checked) > 1000:  # every batch has another shape
             self.structure.checked.clear()
         self.structure.checked.add(key)
+
+    def _check_single(self, pair: TracePair) -> None:
+        """The first particle, run alone, has the log-probabilities it has among the others."""
+        values = {}
+        for name, site in latent_sites(pair.guide).items():
+            if is_delta(site):
+                continue
+            value, rank = site["value"][0], self.structure.ranks.get(name)
+            while rank is not None and value.dim() > rank and value.shape[0] == 1:
+                value = value.squeeze(0)
+            if value.dim() != rank:
+                return  # a site that the set-up pass did not see
+            values[name] = value
+        known = Substitute(values)
+        with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+            run = (self.model, self.guide, self.args, self.kwargs, known, self.subsample)
+            single, again = trace_pair(*run), trace_pair(*run)
+            for side in ("guide", "model"):
+                sites = (sample_sites(getattr(p, side)) for p in (pair, single, again))
+                for site, alone, repeated in zip(*(s.values() for s in sites), strict=False):
+                    total, b, c = (_log_prob(s) for s in (site, alone, repeated))
+                    if total.dim() < -self.particle_dim or not torch.equal(b, c):
+                        continue  # not in the particle plate; or random (dropout)
+                    a, b = total[0].sum(), b.sum()
+                    if not torch.isclose(a, b, rtol=100 * torch.finfo(a.dtype).eps ** 0.5):
+                        raise ValueError(
+                            f"Site '{site['name']}' of the {side} has log-probability {b:.6g} for "
+                            f"a draw run alone and {a:.6g} among {self.num_particles} vectorised "
+                            "particles: the code mixes particles. Index with [..., i] and reduce "
+                            "dimensions from the right, or pass vectorize_particles=False."
+                        )
+
+
+def _log_prob(site: dict) -> torch.Tensor:
+    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+@contextmanager
+def broadcasting(vectorized: bool):
+    """Says what to do when code cannot be run for several draws at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as e:
+        if not vectorized:
+            raise
+        raise ValueError(
+            "Model or guide cannot be run for several draws at once. Let every operation broadcast "
+            "over a batch dimension on the left (index with [..., i], reduce dimensions from the "
+            f"right, expand data to the batch), or pass vectorize_particles=False. Found: {e}"
+        ) from e
 
 
 def _signature(trace: Trace, shapes: bool = False) -> tuple:

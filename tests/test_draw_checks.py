@@ -48,7 +48,11 @@ def mixed_deterministic(x):
 MODELS = [
     (summed_over_the_minibatch, ValueError, "'penalty'.*'data'.*changes with the minibatch"),
     (deterministic_of_the_minibatch, ValueError, "'mean'.*'data'.*changes with the minibatch"),
-    (mixed_draws, ValueError, "'x' of the model mixes draws.*vectorize_particles=False"),
+    (
+        mixed_draws,
+        ValueError,
+        "'x' of the model has log-prob.*mixes particles.*vectorize_particles=False",
+    ),
     (mixed_deterministic, ValueError, "'total' of the model mixes draws"),
 ]
 

@@ -99,11 +99,11 @@ def test_sequential_guides_need_not_broadcast():
 
     def scalar_only():
         psi = pyro.sample("psi", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-        pyro.sample("z", dist.Normal(RHO * torch.tensor(psi.item()) + 0 * psi, S))
+        pyro.sample("z", dist.Normal(RHO * psi + 0 * psi.item(), S))
 
     for particles in (1, 2):
         SemiImplicitELBO(particles, 3, **SEQUENTIAL).loss(model, scalar_only)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="vectorize_particles=False"):
             SemiImplicitELBO(particles, 3).loss(model, scalar_only)
 
 
@@ -434,3 +434,74 @@ def test_importance_weights_with_subsampling_and_global_latents_are_refused():
     with pytest.raises(ValueError, match="one scale per unit, but site 'loc' .* site 'x'"):
         iw.loss(hierarchical, q, X, 2)
     iw.loss(hierarchical, q, X, None)
+
+
+def test_dependence_that_comes_and_goes_is_noticed():
+    """Roles are learned once; a log h_K with the wrong number of columns is no bound."""
+
+    def q(x, on):
+        psi = pyro.sample("psi", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(1 + (psi / 2 if on else 0.0), 0.5))
+
+    def target(x, on):
+        model()
+
+    objective = SemiImplicitELBO(20, 30)
+    objective.loss(target, q, X, True)
+    with pytest.raises(ValueError, match="'z' and 30 extra draws.*do not depend on the mixing"):
+        objective.loss(target, q, X, False)
+
+
+def test_indexing_from_the_left_is_noticed():
+    def target():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def q():
+        noise = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        psi = pyro.sample("psi", noise, infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(torch.stack([psi[0], psi[1]], -1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"\[..., i\]"):
+        SemiImplicitELBO(1, 7).loss(target, q)
+    SemiImplicitELBO(1, 7, **SEQUENTIAL).loss(target, q)
+
+
+@pytest.mark.parametrize("total", [lambda z: z.sum(), lambda z: z.sum(-1)], ids=["all", "right"])
+def test_models_that_mix_particles_are_noticed(total):
+    def target():
+        with pyro.plate("units", 7):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(total(z), 1.0), obs=torch.tensor(1.0))
+
+    def q():
+        with pyro.plate("units", 7):
+            pyro.sample("z", dist.Normal(0.0, 0.5))
+
+    with pytest.raises(ValueError, match="'y'.*vectorize_particles=False"):
+        SemiImplicitELBO(5).loss(target, q)
+    SemiImplicitELBO(5, **SEQUENTIAL).loss(target, q)
+
+
+@pytest.mark.parametrize("mode", [{}, SEQUENTIAL], ids=["vectorised", "sequential"])
+def test_subsampled_sequential_plates(mode):
+    def target(x):
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            z = pyro.sample(f"z{int(i)}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{int(i)}", dist.Normal(z, 1.0), obs=x[int(i)])
+
+    def q(x):
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample(f"z{int(i)}", dist.Normal(x[int(i)] / 2, 0.5**0.5))
+
+    x = torch.full((4,), 0.7)
+    expected = 4 * dist.Normal(0.0, 2**0.5).log_prob(x[0]).item()
+    assert -SemiImplicitELBO(3, 2, **mode).loss(target, q, x) == pytest.approx(expected)
+
+
+def test_deterministic_site_in_a_plate_of_its_own():
+    def target():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("columns", 3):
+            pyro.deterministic("r", z * torch.ones(3))
+
+    SemiImplicitELBO(5, 4).loss(target, guide)
