@@ -148,7 +148,7 @@ class _Sampler:
         walk, parts, given, known = self.walk, [], None, {}
         for index, valid in walk.minibatches:
             indices = {} if walk.plate is None else {walk.plate: index}
-            run = self._run_particles(num_particles, indices, given)
+            run = self.run(num_particles, indices, self.vectorized, given)
             scored = [pair_terms(run, pair) for pair in run.pairs]
             if first and not parts:
                 check_structure(run, scored[0], walk.plate)
@@ -174,21 +174,6 @@ class _Sampler:
             if given is None:
                 given = [self._global_values(pair) for pair in run.pairs]
         return join(parts, walk.plate)
-
-    def _run_particles(self, num_particles, indices, given) -> Run:
-        try:
-            return self.run(num_particles, indices, self.vectorized, given)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError) as e:
-            if not self.vectorized:
-                raise
-            reason = str(e).split("\n")[0].strip()  # Pyro adds a table of shapes
-            raise ValueError(
-                f"Model or guide cannot be run for {num_particles} draws at once ({reason}). "
-                "Let every operation broadcast over a batch dimension on the left (index and "
-                "reduce dimensions from the right), or pass vectorize_particles=False."
-            ) from e
 
     def _run_alone(self, indices, given) -> Run:
         return self.run(1, indices, False, [given])

@@ -19,7 +19,7 @@ from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.infer.util import is_validation_enabled, torch_backward
 
 from pyro_vi_ext.scoring import Term, check_finite
-from pyro_vi_ext.tracing import Run, Structure, TracePair
+from pyro_vi_ext.tracing import Run, Structure
 
 __all__ = ["Estimate", "Objective", "ObjectiveModule", "positive_int"]
 
@@ -128,9 +128,10 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         check_finite(loss, estimate.terms)
         return loss
 
-    def _get_trace(self, model, guide, args, kwargs) -> TracePair:
-        """Pyro's hook; the traces of one run of the pair."""
-        return self._run(model, guide, args, kwargs).pairs[0]
+    def _get_trace(self, model, guide, args, kwargs):
+        """Pyro's hook: the model trace and the guide trace of one run of the pair."""
+        pair = self._run(model, guide, args, kwargs).pairs[0]
+        return pair.model, pair.guide
 
 
 class ObjectiveModule(ELBOModule):

@@ -285,16 +285,20 @@ class Run:
             run = (self.model, self.guide, self.args, self.kwargs, known, self.subsample)
             single, again = trace_pair(*run), trace_pair(*run)
             for side in ("guide", "model"):
-                sites = (sample_sites(getattr(p, side)) for p in (pair, single, again))
-                for site, alone, repeated in zip(*(s.values() for s in sites), strict=False):
-                    total, b, c = (_log_prob(s) for s in (site, alone, repeated))
+                many, alone, repeated = (
+                    sample_sites(getattr(p, side)) for p in (pair, single, again)
+                )
+                for name in many.keys() & alone.keys() & repeated.keys():
+                    total, b, c = (_log_prob(s[name]) for s in (many, alone, repeated))
                     if total.dim() < -self.particle_dim or not torch.equal(b, c):
                         continue  # not in the particle plate; or random (dropout)
+                    # Rounding is relative to what is added up, not to a sum that may cancel.
+                    rounding = torch.finfo(b.dtype).eps ** 0.5 * b.abs().sum()
                     a, b = total[0].sum(), b.sum()
-                    if not torch.isclose(a, b, rtol=100 * torch.finfo(a.dtype).eps ** 0.5):
+                    if not torch.isclose(a, b, rtol=0.0, atol=10 * float(rounding) + 1e-12):
                         raise ValueError(
-                            f"Site '{site['name']}' of the {side} has log-probability {b:.6g} for "
-                            f"a draw run alone and {a:.6g} among {self.num_particles} vectorised "
+                            f"Site '{name}' of the {side} has log-probability {b:.6g} for a draw "
+                            f"run alone and {a:.6g} among {self.num_particles} vectorised "
                             "particles: the code mixes particles. Index with [..., i] and reduce "
                             "dimensions from the right, or pass vectorize_particles=False."
                         )
