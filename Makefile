@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := numpyro,arviz,plot,progress,test,dev
+EXTRAS := numpyro,arviz,plot,progress,data,test,dev
 
 # The tensors here are small: more threads cost more than they give, above all on a busy machine.
 export OMP_NUM_THREADS ?= 1

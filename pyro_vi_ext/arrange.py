@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import plates_of, split_mask
-from pyro_vi_ext.tracing import Run
 
 __all__ = ["Draws", "Variable", "arrange", "event_dim_of", "from_left", "join", "masked", "trim"]
 

@@ -12,8 +12,9 @@ import torch
 
 from pyro_vi_ext.arrange import arrange, close, event_dim_of, raise_dynamic
 from pyro_vi_ext.roles import is_delta
+from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import Scored, Term, pair_terms, plates_of
-from pyro_vi_ext.tracing import Run, latent_sites, sample_sites, trace_inside
+from pyro_vi_ext.tracing import latent_sites, sample_sites, trace_inside
 
 __all__ = ["blame_nan", "check_global", "check_structure", "check_vectorised", "soft_sites"]
 

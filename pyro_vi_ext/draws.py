@@ -34,17 +34,10 @@ from pyro_vi_ext.draw_checks import (
 )
 from pyro_vi_ext.plate_walk import PlateSubsample, Walk
 from pyro_vi_ext.roles import is_delta
+from pyro_vi_ext.run import Run, Structure
 from pyro_vi_ext.scoring import check_finite, log_weights, pair_terms, plates_of
 from pyro_vi_ext.semi_implicit import semi_implicit_terms
-from pyro_vi_ext.tracing import (
-    PARTICLE_PLATE,
-    Run,
-    Structure,
-    TracePair,
-    latent_sites,
-    sample_sites,
-    trace_inside,
-)
+from pyro_vi_ext.tracing import PARTICLE_PLATE, TracePair, latent_sites, sample_sites, trace_inside
 
 __all__ = ["Draws", "Variable", "draw"]
 

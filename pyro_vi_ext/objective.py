@@ -18,8 +18,8 @@ import torch
 from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.infer.util import is_validation_enabled, torch_backward
 
+from pyro_vi_ext.run import Run, Structure
 from pyro_vi_ext.scoring import Term, check_finite
-from pyro_vi_ext.tracing import Run, Structure
 
 __all__ = ["Estimate", "Objective", "ObjectiveModule", "positive_int"]
 
@@ -43,6 +43,10 @@ class Estimate:
             return self.loss
         return self.loss.detach() + (self.surrogate - self.surrogate.detach())
 
+    def backward(self, retain_graph: bool = False) -> None:
+        """Add the estimator's gradient to ``.grad`` of the parameters."""
+        torch_backward(self.differentiable(), retain_graph=retain_graph)
+
 
 class Objective(ELBO, metaclass=abc.ABCMeta):
     """Base class of the objectives of this package.
@@ -54,6 +58,9 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         one after another, for models that cannot be vectorised.
     :raises ValueError: if ``num_particles`` is not a positive integer.
     """
+
+    #: Whether the objective estimates log q of a guide with mixing variables; if not, they raise.
+    takes_mixing = False
 
     def __init__(
         self, num_particles=1, *, max_plate_nesting=float("inf"), vectorize_particles=True
@@ -89,7 +96,7 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         """The loss as a float; gradients are added to ``.grad`` of the parameters."""
         estimate = self._evaluate(model, guide, args, kwargs)
         loss = self._finite(estimate)
-        torch_backward(estimate.differentiable(), retain_graph=self.retain_graph)
+        estimate.backward(self.retain_graph)
         return loss
 
     def __call__(self, model, guide) -> ObjectiveModule:
@@ -101,18 +108,16 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
     def _evaluate(self, model, guide, args, kwargs) -> Estimate:
         return self.estimate(self._run(model, guide, args, kwargs))
 
-    def _run(self, model, guide, args, kwargs) -> Run:
+    def _run(self, model, guide, args, kwargs, **options) -> Run:
+        options = {
+            "num_particles": self.num_particles,
+            "vectorized": self.vectorize_particles and self.num_particles > 1,
+            "vectorize_mixing": self.vectorize_particles,
+            "mixing": self.takes_mixing,
+            **options,
+        }
         structure = self._structure(model, guide, args, kwargs)
-        return Run(
-            structure,
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=self.num_particles,
-            vectorized=self.vectorize_particles and self.num_particles > 1,
-            vectorize_mixing=self.vectorize_particles,
-        )
+        return Run(structure, model, guide, args, kwargs, **options)
 
     def _structure(self, model, guide, args, kwargs) -> Structure:
         key = (model, guide)

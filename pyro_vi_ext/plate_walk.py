@@ -14,8 +14,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from pyro_vi_ext.roles import is_delta
+from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import plates_of
-from pyro_vi_ext.tracing import Run, SharedSubsample, sample_sites, trace_pair
+from pyro_vi_ext.tracing import SharedSubsample, sample_sites, trace_pair
 
 __all__ = ["PlateSubsample", "Walk"]
 

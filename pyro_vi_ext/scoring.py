@@ -27,7 +27,8 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_site_shape
 from torch.distributions import Independent
 
-from pyro_vi_ext.tracing import MIXING_PLATE, PARTICLE_PLATE, Run, TracePair, sample_sites
+from pyro_vi_ext.run import Run
+from pyro_vi_ext.tracing import MIXING_PLATE, PARTICLE_PLATE, TracePair, sample_sites
 
 __all__ = ["Term", "check_finite", "linear_bound", "log_mean_bound", "pair_terms", "unit_plates"]
 
@@ -326,15 +327,23 @@ def log_weights(particles: Sequence[Sequence[Term]], plates: dict, run: Run) -> 
     return log_w.expand((run.num_particles,) + log_w.shape[1:])
 
 
-def log_mean_bound(particles: Sequence[Sequence[Term]], run: Run, plates=None) -> torch.Tensor:
+def units(particles: Sequence[Sequence[Term]], run: Run) -> tuple[dict, float | torch.Tensor]:
+    """The plates whose elements are the units of a multi-sample bound, and the units' scale.
+
+    :param particles: the terms of each pair of the run (a single list when vectorised).
+    :raises ValueError: naming two sites whose scales differ within a unit.
+    """
+    everything = [term for terms in particles for term in terms]
+    plates = unit_plates(everything)
+    return plates, unit_scale(everything, plates, f"A {run.num_particles}-sample bound")
+
+
+def log_mean_bound(particles: Sequence[Sequence[Term]], run: Run) -> torch.Tensor:
     """The multi-sample bound of the module docstring: a scalar, in nats.
 
     :param particles: the terms of each pair of the run (a single list when vectorised).
-    :param plates: plates of the units, if coarser than those common to all terms.
     """
-    everything = [term for terms in particles for term in terms]
-    plates = unit_plates(everything) if plates is None else plates
-    scale = unit_scale(everything, plates, f"A {run.num_particles}-sample bound")
+    plates, scale = units(particles, run)
     log_w = log_weights(particles, plates, run)
     per_unit = torch.logsumexp(log_w, 0) - math.log(run.num_particles)
     return (per_unit * scale).sum()

@@ -21,6 +21,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 
 from pyro_vi_ext.objective import Estimate, Objective, positive_int
+from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import (
     Term,
     linear_bound,
@@ -33,14 +34,7 @@ from pyro_vi_ext.scoring import (
     unit_plates,
     unit_scale,
 )
-from pyro_vi_ext.tracing import (
-    MIXING_PLATE,
-    Run,
-    Substitute,
-    TracePair,
-    latent_sites,
-    sample_sites,
-)
+from pyro_vi_ext.tracing import MIXING_PLATE, Substitute, TracePair, latent_sites, sample_sites
 
 __all__ = ["SemiImplicitELBO"]
 
@@ -121,6 +115,8 @@ class SemiImplicitELBO(Objective):
     >>> round(dist.Normal(0.0, 2**0.5).log_prob(x).item(), 2)
     -2.27
     """
+
+    takes_mixing = True
 
     def __init__(
         self,
