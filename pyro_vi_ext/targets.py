@@ -17,6 +17,7 @@ from pyro.infer import SVI
 from pyro.infer.util import torch_item, zero_grads
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vi_ext.alternating import Alternation, users
 from pyro_vi_ext.checkpoint import (
     find_modules,
     load_modules,
@@ -29,7 +30,7 @@ from pyro_vi_ext.not_finite import bad_gradients, is_finite, listed, not_finite_
 __all__ = ["ModuleTrainer", "SVITrainer", "Trainer", "make_trainer"]
 
 
-def make_trainer(target, optimizer, scheduler):
+def make_trainer(target, optimizer, scheduler, guide_steps=1):
     if isinstance(target, SVI):
         if optimizer is not None:
             raise ValueError("An SVI has its optimizer: leave out optimizer=, or pass a module.")
@@ -39,7 +40,7 @@ def make_trainer(target, optimizer, scheduler):
                 "e.g. pyro.optim.ExponentialLR({'optimizer': torch.optim.Adam, 'optim_args': "
                 "{'lr': 0.01}, 'gamma': 0.99}); fit steps it once per step."
             )
-        return SVITrainer(target)
+        return SVITrainer(target, guide_steps)
     if not isinstance(target, torch.nn.Module):
         raise ValueError(
             "fit takes a pyro.infer.SVI or a module such as Trace_ELBO()(model, guide), got "
@@ -54,7 +55,7 @@ def make_trainer(target, optimizer, scheduler):
                 "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01); got "
                 f"{type(optimizer).__name__}."
             )
-    return ModuleTrainer(target, optimizer, scheduler)
+    return ModuleTrainer(target, optimizer, scheduler, guide_steps)
 
 
 class Trainer:
@@ -63,8 +64,9 @@ class Trainer:
     kind = ""
     lazy = False  # whether a set-up pass must come before the first step
 
-    def __init__(self, model, guide, **roots):
+    def __init__(self, model, guide, guide_steps, **roots):
         self.model, self.guide = model, guide
+        self.alternation = Alternation(guide_steps)
         self.modules = find_modules(**roots, model=model, guide=guide)
         self.leaves: dict[str, torch.Tensor] = {}  # unconstrained, by name in the parameter store
         self.before: torch.Tensor | None = None  # the random state before the step
@@ -76,6 +78,7 @@ class Trainer:
             "with_gradient": [name for name, leaf in leaves.items() if leaf.grad is not None],
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer_state(),
+            "sides": self.alternation.sides,
         }
 
     def load(self, saved: dict) -> None:
@@ -92,6 +95,7 @@ class Trainer:
                 some = name in saved["with_gradient"]
                 leaves[name].grad = torch.zeros_like(leaves[name]) if some else None
         self.load_optimizer(saved["optimizer"])
+        self.alternation.sides = dict(saved.get("sides", {}))
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """The leaves; where a loss has put a new tensor under a name (a running mean), that one."""
@@ -119,6 +123,27 @@ class Trainer:
             found = self._not_finite(args, kwargs, tries=1)
             found = f"\nNot finite: {'; '.join(found)}." if found else ""
             raise ValueError(f"At step {step} of fit: {error}{found}") from error
+
+    @contextlib.contextmanager
+    def _alternating(self, named, args, kwargs, step):
+        """Parameters that rest at this step have no gradient inside: an optimizer skips them."""
+
+        def find_users():
+            with undisturbed(self.modules):
+                torch.set_rng_state(self.before)
+                return users(self.model, self.guide, args, kwargs)
+
+        try:
+            resting = self.alternation.resting(named, step, find_users)
+        except Exception:
+            zero_grads(leaf for _, leaf in named)
+            raise
+        gradients = [leaf.grad for leaf in resting]
+        for leaf in resting:
+            leaf.grad = None
+        yield
+        for leaf, gradient in zip(resting, gradients, strict=True):
+            leaf.grad = gradient
 
     def _check(self, losses, gradients, args, kwargs, step, intact=True) -> None:
         """:raises ValueError: if a loss or gradient is not finite, naming where it comes from."""
@@ -160,10 +185,16 @@ class Trainer:
 class SVITrainer(Trainer):
     kind = "svi"
 
-    def __init__(self, svi: SVI):
-        super().__init__(svi.model, svi.guide, loss=svi.loss)
+    def __init__(self, svi: SVI, guide_steps: int):
+        super().__init__(svi.model, svi.guide, guide_steps, loss=svi.loss)
         self.svi = svi
         self.own_step = type(svi).step is not SVI.step or "step" in vars(svi)
+        if self.own_step and guide_steps > 1:
+            raise ValueError(
+                f"guide_steps={guide_steps} needs an SVI that leaves the update to fit, and "
+                f"{type(svi).__name__} has its own step. Alternate in that step, or pass an SVI "
+                "without one."
+            )
 
     def set_up(self, args, kwargs):
         """Create all parameters, also those that only the gradient pass asks for."""
@@ -185,7 +216,8 @@ class SVITrainer(Trainer):
         else:
             self._check(losses, leaves.items(), args, kwargs, step)
             parameters = list({id(leaf): leaf for leaf in leaves.values()}.values())
-            svi.optim(parameters)
+            with self._alternating(leaves.items(), args, kwargs, step):
+                svi.optim(parameters)
             zero_grads(parameters)
         if isinstance(svi.optim, pyro.optim.PyroLRScheduler):
             with_loss = any(isinstance(o, ReduceLROnPlateau) for o in svi.optim.optim_objs.values())
@@ -210,9 +242,16 @@ class SVITrainer(Trainer):
 class ModuleTrainer(Trainer):
     kind = "module"
 
-    def __init__(self, target, optimizer, scheduler):
+    def __init__(self, target, optimizer, scheduler, guide_steps):
         parts = {name: getattr(target, name, None) for name in ("model", "guide", "elbo")}
-        super().__init__(parts["model"], parts["guide"], target=target, loss=parts["elbo"])
+        model, guide = parts["model"], parts["guide"]
+        if guide_steps > 1 and not (callable(model) and callable(guide)):
+            raise ValueError(
+                f"guide_steps={guide_steps} needs a module with a .model and a .guide, such as "
+                "Trace_ELBO()(model, guide), to tell their parameters apart; got "
+                f"{type(target).__name__}."
+            )
+        super().__init__(model, guide, guide_steps, target=target, loss=parts["elbo"])
         self.target = target
         self.make_scheduler = scheduler
         self.make_optimizer, self.optimizer = optimizer, None
@@ -288,8 +327,10 @@ class ModuleTrainer(Trainer):
         self._check_known()
         loss.backward()
         value = loss.item()
-        self._check([value], self._held(), args, kwargs, step)
-        self.optimizer.step()
+        held = self._held()
+        self._check([value], held, args, kwargs, step)
+        with self._alternating(held, args, kwargs, step):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             plateau = isinstance(self.scheduler, ReduceLROnPlateau)

@@ -58,6 +58,7 @@ def fit(
     num_steps,
     optimizer=None,
     scheduler=None,
+    guide_steps=1,
     plateau_window=None,
     patience=2,
     progress=None,
@@ -95,6 +96,14 @@ def fit(
     :param scheduler: for a module only: a scheduler, or a callable that makes one from the
         optimizer; stepped at every step. A ``PyroLRScheduler`` of an ``SVI`` is stepped likewise.
         ``ReduceLROnPlateau`` is given the loss.
+    :param guide_steps: the number n of guide updates for each update of the model, so that the
+        guide does not lag behind (He et al. 2019, arXiv:1901.05534; 1 is joint training). Every
+        step is a gradient on its own minibatch, and updates the guide; the parameters that the
+        model alone uses change at steps n, 2n, ... only and rest in between (no momentum, no
+        weight decay, no moments). Those that the guide uses too, and learned parts of the
+        objective, are updated at every step. Who uses what is found by running model and guide
+        once more in the first step, and whenever a parameter has its first gradient. For a module
+        it needs a ``.model`` and a ``.guide``; an ``SVI`` may not have its own ``step``.
     :param plateau_window: the number w of steps, at least 4 (hundreds, to be useful).
     :param patience: windows in a row without improvement that end the training.
     :param progress: show a bar with the current bound, ``-loss`` averaged over about 50 steps:
@@ -108,7 +117,8 @@ def fit(
     :raises ValueError: if the loss or a gradient is NaN or infinite, naming the sites or
         parameters; the parameters are then those before that step (except for an ``SVI`` subclass
         with its own ``step``) and no checkpoint is written. For options that do not go together,
-        and for a checkpoint that is damaged or of another target.
+        for ``guide_steps`` when model or guide has no parameters of its own to train, and for a
+        checkpoint that is damaged, of another target or with other ``guide_steps``.
     :raises FileExistsError: if the file exists and ``resume=False``; nothing is computed before.
     :raises NotImplementedError: for an ``IterableDataset`` and for ``LBFGS``.
     :raises ImportError: if ``progress=True`` and tqdm is missing.
@@ -138,6 +148,12 @@ def fit(
         50
     """
     _check_at_least("num_steps", num_steps, 1)
+    _check_at_least("guide_steps", guide_steps, 1)
+    if guide_steps > num_steps:
+        raise ValueError(
+            f"guide_steps={guide_steps} is more than num_steps={num_steps}, the number of all "
+            "steps: the model would never be updated. Raise num_steps."
+        )
     _check_at_least("patience", patience, 1)
     if plateau_window is not None:
         _check_at_least("plateau_window", plateau_window, 4)
@@ -147,9 +163,9 @@ def fit(
         raise ValueError("checkpoint_every needs a file: add checkpoint='run.pt'.")
     _check_at_least("checkpoint_every", checkpoint_every, 1)
 
-    trainer = make_trainer(target, optimizer, scheduler)
+    trainer = make_trainer(target, optimizer, scheduler, guide_steps)
     feed = Minibatches(args, kwargs)
-    saved = _open_checkpoint(checkpoint, resume, trainer.kind)
+    saved = _open_checkpoint(checkpoint, resume, trainer.kind, guide_steps)
     losses: list[float] = []
 
     def why_stop():
@@ -170,6 +186,7 @@ def fit(
 
     def save():
         state = {
+            "guide_steps": guide_steps,
             "target": trainer.state(),
             "losses": _tensor(losses),
             "minibatches": feed.state(),
@@ -205,7 +222,7 @@ def _tensor(losses: list[float]) -> torch.Tensor:
     return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
 
-def _open_checkpoint(path, resume, kind) -> dict | None:
+def _open_checkpoint(path, resume, kind, guide_steps) -> dict | None:
     """The state to continue from, if there is one; else the folder is made ready for writing."""
     if path is None:
         return None
@@ -230,6 +247,12 @@ def _open_checkpoint(path, resume, kind) -> dict | None:
         raise ValueError(
             f"The checkpoint '{path}' is of {_KINDS[saved['kind']]}, and the target is "
             f"{_KINDS[kind]}. Resume with the target it was written with, or give another path."
+        )
+    written_with = saved.get("guide_steps", 1)
+    if written_with != guide_steps:
+        raise ValueError(
+            f"The checkpoint '{path}' was written with guide_steps={written_with}, here it is "
+            f"{guide_steps}. Resume with the number it was written with, or give another path."
         )
     return saved
 
