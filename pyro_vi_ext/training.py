@@ -23,6 +23,7 @@ from pyro_vi_ext.checkpoint import (
     save_checkpoint,
 )
 from pyro_vi_ext.minibatches import Minibatches
+from pyro_vi_ext.progress import progress_bar
 from pyro_vi_ext.targets import make_trainer
 
 __all__ = ["FitResult", "fit"]
@@ -194,10 +195,14 @@ def fit(
         }
         save_checkpoint(checkpoint, {"kind": trainer.kind, "step": len(losses), **state})
 
-    with _Bar(progress, num_steps, losses) as bar, _Interrupt(checkpoint is not None) as interrupt:
+    running = _RunningBound()
+    with (
+        progress_bar(progress, num_steps, len(losses)) as bar,
+        _Interrupt(checkpoint is not None) as interrupt,
+    ):
         while not stopped:
             losses.append(trainer.step(feed.take(), kwargs, len(losses) + 1))
-            bar.update(losses[-1])
+            bar.update(note=running.note(losses[-1]))
             stopped = why_stop()
             try:
                 if callback is not None and callback(len(losses), losses[-1]) is True:
@@ -303,36 +308,13 @@ class _Interrupt:
             raise self.received
 
 
-class _Bar:
-    """A tqdm bar with the current bound; nothing if there is no tqdm, or no terminal."""
+class _RunningBound:
+    """The bound beside the bar: the mean of about 50 steps."""
 
-    def __init__(self, progress: bool | None, total: int, losses: list[float]):
-        self.bar = None
-        if progress is not False:
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                if progress:
-                    raise ImportError(
-                        "progress=True needs tqdm: pip install pyro_vi_ext[progress]"
-                    ) from error
-            else:
-                disable = None if progress is None else False
-                bar = tqdm(total=total, initial=len(losses), disable=disable, unit="step")
-                self.bar = None if bar.disable else bar
+    def __init__(self):
         self.mean = self.weight = 0.0
 
-    def update(self, loss: float):
-        if self.bar is None:
-            return
+    def note(self, loss: float) -> str:
         self.mean += 0.02 * (loss - self.mean)
         self.weight += 0.02 * (1 - self.weight)
-        self.bar.set_postfix_str(f"bound={-self.mean / self.weight:.5g}", refresh=False)
-        self.bar.update()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        if self.bar is not None:
-            self.bar.close()
+        return f"bound={-self.mean / self.weight:.5g}"
