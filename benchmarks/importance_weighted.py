@@ -1,10 +1,11 @@
 """ImportanceWeightedELBO beside exact answers, pyro.infer.RenyiELBO and a hand-written loop.
 
-    python benchmarks/importance_weighted.py [--only exactness snr speed memory table] [--data PATH]
+    python benchmarks/importance_weighted.py [--only SECTION ...] [--data PATH]
 
-exactness: bounds and minibatches of a linear-Gaussian model. snr: signal-to-noise ratio of the
-guide's gradient. speed: a training step of the MNIST autoencoder. memory: evaluation with 5,000
-particles. table: the IWAE paper's MNIST table, with --data a folder of the MNIST files.
+stock: what stock Pyro reports in four cases. exactness: bounds and minibatches of a linear-Gaussian
+model. snr: signal-to-noise ratio of the guide's gradient. speed: a training step of the MNIST
+autoencoder. memory: evaluation with 5,000 particles. table: the IWAE paper's MNIST table, with
+--data a folder of the MNIST files.
 
 Contestants take turns, so that drift of the machine's speed hits all alike; times are medians of
 rounds, ratios medians of the rounds' ratios.
@@ -23,6 +24,7 @@ from iwae_table import print_table
 from memory import peak_bytes
 from pyro.infer import SVI, RenyiELBO
 from pyro.infer.importance import vectorized_importance_weights
+from renyi_elbo import print_stock
 
 from pyro_vi_ext import ImportanceWeightedELBO, log_evidence
 from pyro_vi_ext.models.deep_vae import DeepVAE
@@ -268,6 +270,7 @@ def print_memory(args, num_particles=5000, rounds=5):
 
 
 SECTIONS = {
+    "stock": print_stock,
     "exactness": print_exactness,
     "snr": print_snr,
     "speed": print_speed,
