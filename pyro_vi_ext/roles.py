@@ -84,8 +84,11 @@ class _TrackSites(Messenger):
 
 
 def _provenance(site: dict) -> frozenset[str]:
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return get_provenance(log_prob) - {site["name"]}
+    try:
+        result = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except KeyError:  # a flow without an inverse has no density at a marked value
+        result = site["fn"].sample()
+    return get_provenance(result) - {site["name"]}
 
 
 def guide_roles(guide, args=(), kwargs=None, supports=None, subsample=None) -> GuideRoles:

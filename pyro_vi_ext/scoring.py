@@ -121,9 +121,21 @@ def site_log_prob(site: dict, fn=None, value=None) -> torch.Tensor:
     value = site["value"] if value is None else value
     try:
         return fn.log_prob(value, *site["args"], **site["kwargs"])
-    except (ValueError, NotImplementedError, KeyError) as e:  # KeyError: planar flows
-        error = NotImplementedError if isinstance(e, KeyError) else type(e)
-        raise error(f"Cannot evaluate the density of site '{site['name']}': {e}") from e
+    except KeyError as e:  # of a flow whose inverse is known at its own draws only
+        raise NotImplementedError(
+            f"The density of site '{site['name']}' is needed at a given value, and the flow "
+            f"{_flows(fn)} has no inverse: {e.args[0]}. Use a flow with an inverse "
+            "(affine_autoregressive, affine_coupling, spline), or an estimator that scores draws "
+            "as they are drawn: gradient='pathwise'."
+        ) from e
+    except (ValueError, NotImplementedError) as e:
+        raise type(e)(f"Cannot evaluate the density of site '{site['name']}': {e}") from e
+
+
+def _flows(fn) -> str:
+    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return ", ".join(type(transform).__name__ for transform in getattr(fn, "transforms", [fn]))
 
 
 def plates_of(site: dict) -> dict:
