@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pyro_vi_ext.objective import positive_int
-from pyro_vi_ext.pareto import WeightSummary
 from pyro_vi_ext.progress import progress_bar
 from pyro_vi_ext.proposal import Proposal, by_plate
 
@@ -148,19 +147,20 @@ def guide_report(
     ([(1,)], [False, True, False])
     """
     num_particles = positive_int("num_particles", num_particles, 25)
-    chunk_size = positive_int("chunk_size", chunk_size)
     proposal = Proposal(
         model,
         guide,
         args,
         kwargs,
-        num_mixing_particles=positive_int("num_mixing_particles", num_mixing_particles, 0),
+        num_particles=num_particles,
+        chunk_size=chunk_size,
+        num_mixing_particles=num_mixing_particles,
         max_plate_nesting=max_plate_nesting,
         vectorize_particles=vectorize_particles,
     )
-    per_unit, whole = WeightSummary(num_particles), WeightSummary(num_particles)
+    per_unit, whole = proposal.summary(), proposal.summary()
     with progress_bar(progress, num_particles, unit="particle") as bar:
-        for chunk in proposal.chunks(num_particles, chunk_size):
+        for chunk in proposal.chunks():
             per_unit.add(by_plate(chunk.log_w, chunk.plates, lead=1))
             whole.add(chunk.log_w.flatten(1).sum(1))
             bar.update(len(chunk.log_w))

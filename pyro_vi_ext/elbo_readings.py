@@ -138,19 +138,20 @@ def elbo_terms(
     True
     """
     num_particles = positive_int("num_particles", num_particles, 2)
-    chunk_size = positive_int("chunk_size", chunk_size)
     proposal = Proposal(
         model,
         guide,
         args,
         kwargs,
-        num_mixing_particles=positive_int("num_mixing_particles", num_mixing_particles, 0),
+        num_particles=num_particles,
+        chunk_size=chunk_size,
+        num_mixing_particles=num_mixing_particles,
         max_plate_nesting=max_plate_nesting,
         vectorize_particles=vectorize_particles,
     )
     parts: dict[tuple, list] = defaultdict(list)  # (kind, name) -> a value for each draw
     with progress_bar(progress, num_particles, unit="particle") as bar:
-        for run, particles in proposal.draws(num_particles, chunk_size):
+        for run, particles in proposal.draws():
             for key, values in _parts(run, particles).items():
                 parts[key].append(values)
             bar.update(run.num_particles)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from pyro_vi_ext.annealed import annealed_log_weights
 from pyro_vi_ext.objective import positive_int
-from pyro_vi_ext.pareto import WeightSummary
 from pyro_vi_ext.progress import progress_bar
-from pyro_vi_ext.proposal import Proposal, by_plate
+from pyro_vi_ext.proposal import GroupedSummary, Proposal, by_plate
 
 __all__ = ["Evidence", "log_evidence"]
 
@@ -154,37 +153,42 @@ def log_evidence(
     True
     """
     num_particles = positive_int("num_particles", num_particles, 2)
-    chunk_size = positive_int("chunk_size", chunk_size)
-    num_mixing_particles = positive_int("num_mixing_particles", num_mixing_particles, 0)
     if method not in ("importance", "ais"):
         raise ValueError(f"method must be 'importance' or 'ais', got {method!r}.")
     options = {"max_plate_nesting": max_plate_nesting, "vectorize_particles": vectorize_particles}
-    summary, acceptance = WeightSummary(num_particles), []
+    acceptance = []
     if method == "importance":
         proposal = Proposal(
-            model, guide, args, kwargs, num_mixing_particles=num_mixing_particles, **options
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=num_particles,
+            chunk_size=chunk_size,
+            num_mixing_particles=num_mixing_particles,
+            **options,
         )
+        summary = proposal.summary()
         with progress_bar(progress, num_particles, unit="particle") as bar:
-            for chunk in proposal.chunks(num_particles, chunk_size):
+            for chunk in proposal.chunks():
                 summary.add(by_plate(chunk.log_w, chunk.plates, lead=1))
                 bar.update(len(chunk.log_w))
     else:
+        summary = WeightSummary(num_particles)
         with progress_bar(progress, 0, unit="transition") as bar:
             chunks = annealed_log_weights(
                 model,
                 args,
                 kwargs,
-                num_particles=num_particles,
                 num_temperatures=num_temperatures,
                 num_leapfrog_steps=num_leapfrog_steps,
-                chunk_size=chunk_size,
                 progress=bar.reach,
                 **options,
             )
             for chunk in chunks:
                 summary.add(by_plate(chunk.log_weights, chunk.plates, lead=1))
                 share = len(chunk.log_weights) / num_particles
-                acceptance.append(by_plate(chunk.acceptance, chunk.plates) * share)
+                acceptance = acceptance + by_plate(chunk.acceptance, chunk.plates) * share
     scale = chunk.scale
     if torch.is_tensor(scale) and scale.dim():
         scale = by_plate(scale, chunk.plates)
@@ -200,5 +204,5 @@ def log_evidence(
         plates=tuple(frame.name for frame in frames),
         num_particles=num_particles,
         method=method,
-        acceptance=sum(acceptance) if acceptance else None,
+        acceptance=acceptance,
     )

@@ -124,7 +124,8 @@ class Paths(Messenger):
             return trace
         trace = self.drawn[index].copy()
         for name, value in values.items():
-            trace.nodes[name]["value"] = value
+            trace.nodes[name] = {**trace.nodes[name], "value": value}
+            trace.nodes[name].pop("drawn_log_prob", None)
         return trace
 
     # Densities of draws, by their own parameters.

@@ -117,6 +117,8 @@ def _check_batch(site: dict, log_prob: torch.Tensor) -> None:
 
 def site_log_prob(site: dict, fn=None, value=None) -> torch.Tensor:
     """Unmasked, unscaled log-probability of a site's value; errors name the site."""
+    if value is None and "drawn_log_prob" in site:
+        return site["drawn_log_prob"]
     fn = site["fn"] if fn is None else fn
     value = site["value"] if value is None else value
     try:

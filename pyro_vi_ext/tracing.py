@@ -5,11 +5,12 @@ One subsample of each plate is shared by every particle, re-scoring and extra dr
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.guide import GuideMessenger
@@ -117,14 +118,37 @@ def trace_pair(model, guide, args, kwargs, *messengers, tap=None, show=None) -> 
     around = messengers if tap is None else (*messengers, tap)
     if isinstance(unwrapped, GuideMessenger):  # an effect-based guide runs the model by itself
         model_trace, guide_trace = _trace_effectful(unwrapped, args, kwargs, *around)
+        _score_flows(guide_trace)
         if show is None:
             return TracePair(guide_trace, model_trace)
     else:
         guide_trace = trace_inside(guide, args, kwargs, *around)
+        _score_flows(guide_trace)
     if show is not None:
         guide_trace = show(guide_trace)
     model_trace = trace_inside(model, args, kwargs, ReplayMessenger(guide_trace), *messengers)
     return TracePair(guide_trace, model_trace)
+
+
+def _score_flows(guide_trace: Trace) -> None:
+    """Score the draws of flows that remember only their latest: without an inverse, now or never.
+
+    Adds ``"drawn_log_prob"`` to such a site: unmasked, unscaled.
+    """
+    for site in latent_sites(guide_trace).values():
+        fn = site["fn"]
+        while isinstance(fn, MaskedDistribution):
+            fn = fn.base_dist
+        if is_flow(fn):
+            with suppress(KeyError, ValueError, NotImplementedError):  # said when it is needed
+                site["drawn_log_prob"] = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def is_flow(fn) -> bool:
+    """Whether a distribution has transforms that remember their latest input and output."""
+    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return any(getattr(part, "_cache_size", 0) for part in getattr(fn, "transforms", ()))
 
 
 def trace_guide(guide, args, kwargs, *messengers) -> Trace:

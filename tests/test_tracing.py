@@ -4,9 +4,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.distributions import transforms
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 
-from pyro_vi_ext import SemiImplicitELBO
+from pyro_vi_ext import ImportanceWeightedELBO, SemiImplicitELBO
 
 AUXILIARY = {"is_auxiliary": True}
 X = torch.arange(8.0, dtype=torch.float64)
@@ -87,3 +89,51 @@ def test_autoguide_that_draws_other_indices_than_the_model_is_refused():
         return pyro.plate("data", len(x), subsample=index, dim=-1)
 
     SemiImplicitELBO(3).loss(fixed, AutoNormal(fixed, create_plates=plates), X, index)
+
+
+# --- flows that know their inverse only at their latest draw -------------------------------------
+
+
+def three():
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("flow", [transforms.planar, transforms.radial, transforms.sylvester])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_flows_without_an_inverse_are_scored_as_they_are_drawn(flow, vectorize):
+    guide = AutoNormalizingFlow(three, flow)
+    guide()
+    options = dict(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=0)
+    ours = ImportanceWeightedELBO(**options)
+    for _ in range(2):  # the first call also checks the pair
+        pyro.set_rng_seed(1)
+        loss = ours.loss(three, guide)
+        pyro.set_rng_seed(1)
+        log_w = [stock_log_weights(guide, vectorize) for _ in range(1 if vectorize else 3)]
+        expected = torch.cat(log_w).logsumexp(0) - torch.tensor(3.0).log()
+        assert loss == pytest.approx(-expected.item(), rel=1e-12)
+    single = SemiImplicitELBO(**options)  # linear in the log-density: Pyro's own ELBO
+    pyro.set_rng_seed(2)
+    loss = single.loss(three, guide)
+    pyro.set_rng_seed(2)
+    assert loss == pytest.approx(Trace_ELBO(**options).loss(three, guide), rel=1e-12)
+
+
+def stock_log_weights(guide, vectorize):
+    def in_plate(fn):
+        def inside():
+            with pyro.plate("particles", 3 if vectorize else 1, dim=-1):
+                fn()
+
+        return inside
+
+    trace = pyro.poutine.trace(in_plate(guide)).get_trace()
+    trace.compute_log_prob()
+    model = pyro.poutine.trace(pyro.poutine.replay(in_plate(three), trace)).get_trace()
+    model.compute_log_prob()
+    log_p, log_q = (
+        sum(site["log_prob"] for site in t.nodes.values() if "log_prob" in site)
+        for t in (model, trace)
+    )
+    return log_p - log_q
