@@ -22,8 +22,8 @@ from collections.abc import Callable
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.trace_struct import Trace
-from torch.autograd.graph import get_gradient_edge
 
+from pyro_vi_ext.learned import graph_leaves
 from pyro_vi_ext.tracing import sample_sites, trace_pair
 
 __all__ = ["Alternation", "users"]
@@ -107,16 +107,4 @@ def _leaves(trace: Trace) -> set[int]:
         tensors += [site["value"], site["scale"]]
         with contextlib.suppress(NotImplementedError):  # of an implicit distribution
             tensors.append(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
-    tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
-    pending = [get_gradient_edge(t).node for t in tensors]
-    found, seen = set(), {None}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # of a node that accumulates a gradient
-        if leaf is not None:
-            found.add(id(leaf))
-        pending += [child for child, _ in node.next_functions]
-    return found
+    return {id(leaf) for leaf in graph_leaves(t for t in tensors if isinstance(t, torch.Tensor))}

@@ -5,9 +5,10 @@ r"""Is my guide any good? Diagnostics per unit, where a global one hides everyth
     \log w_{k,u} = \log p(x_u, z_{k,u}) - \log q(z_{k,u} \mid x_u), \qquad
     \mathrm{gap}_u = \log \tfrac1K \sum_k w_{k,u} - \tfrac1K \sum_k \log w_{k,u}.
 
-The weight of all :math:`N` units together is a product, whose tail grows with :math:`N`: a guide
-within 0.003 nats per datum of the posterior has a global Pareto :math:`\hat k` of 0.85 at
-:math:`N = 100` and 3.3 at :math:`N = 1000`. The units' own weights do not.
+The weight of all :math:`N` units together is a product, whose tail grows with :math:`N`: of a guide
+0.018 nats per datum away from the posterior (13% too narrow) the global Pareto :math:`\hat k` is
+0.8 at :math:`N = 100` and 2.3 at :math:`N = 1000`, and of one 0.003 nats away it is 0.8 at
+:math:`N = 1000`. The units' own stay below 0.7.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["GuideReport", "guide_report"]
 class GuideReport:
     r"""What :func:`guide_report` returns; u runs over the units, one dimension for each plate.
 
-    :ivar pareto_k: :math:`\hat k_u` of the unit's weights: below 0.7 they can be averaged.
+    :ivar pareto_k: :math:`\hat k_u` of the unit's weights: below 0.7 they can be averaged;
+        ``-inf`` if the largest are equal (an exact posterior, discrete latents).
     :ivar ess: effective sample size, in draws of K; K at the exact posterior.
     :ivar elbo: the unit's ELBO, nats.
     :ivar elbo_standard_error: its Monte-Carlo standard error.
@@ -162,7 +164,7 @@ def guide_report(
     with progress_bar(progress, num_particles, unit="particle") as bar:
         for chunk in proposal.chunks():
             per_unit.add(by_plate(chunk.log_w, chunk.plates, lead=1))
-            whole.add(chunk.log_w.flatten(1).sum(1))
+            whole.add(chunk.log_w.reshape(len(chunk.log_w), -1).sum(1))
             bar.update(len(chunk.log_w))
     frames = sorted(chunk.plates.values(), key=lambda frame: frame.dim)
     return GuideReport(

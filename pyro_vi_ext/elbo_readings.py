@@ -21,12 +21,13 @@ from dataclasses import dataclass, replace
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_factor
+from torch import Tensor
 
 from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.progress import progress_bar
-from pyro_vi_ext.proposal import Proposal
+from pyro_vi_ext.proposal import Proposal, blame
 from pyro_vi_ext.run import Run
-from pyro_vi_ext.scoring import Term, check_finite, log_weights, split_mask
+from pyro_vi_ext.scoring import Term, log_weights, split_mask
 
 __all__ = ["ElboTerms", "Mean", "elbo_terms"]
 
@@ -45,8 +46,12 @@ class Mean:
         return f"{self.value:.6g} +- {self.standard_error:.2g}"
 
     @staticmethod
-    def of(draws: torch.Tensor) -> Mean:
-        return Mean(float(draws.mean()), float(draws.std()) / len(draws) ** 0.5)
+    def of(draws: Tensor, groups: list[int] | None = None) -> Mean:
+        """:param groups: sizes of groups of draws, if those within one depend on each other."""
+        means = draws
+        if groups is not None:
+            means = torch.stack([group.mean() for group in draws.split(groups)])
+        return Mean(float(draws.mean()), float(means.std()) / len(means) ** 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +76,11 @@ class ElboTerms:
 
     @property
     def bits_per_dim(self) -> float:
-        """-ELBO / (D ln 2). A code length if the data are discrete; a density's, otherwise."""
-        return -self.elbo.value / (self.num_dims * math.log(2))
+        """-ELBO / (D ln 2). A code length if the data are discrete; a density's, otherwise.
+
+        NaN if no value is observed.
+        """
+        return -self.elbo.value / (self.num_dims * math.log(2)) if self.num_dims else math.nan
 
     def __str__(self) -> str:
         rows = [("ELBO", self.elbo)]
@@ -149,78 +157,82 @@ def elbo_terms(
         max_plate_nesting=max_plate_nesting,
         vectorize_particles=vectorize_particles,
     )
-    parts: dict[tuple, list] = defaultdict(list)  # (kind, name) -> a value for each draw
+    parts: dict[tuple[str, str], Tensor] = {}  # (kind, name) -> a value for each draw
+    done = 0
     with progress_bar(progress, num_particles, unit="particle") as bar:
         for run, particles in proposal.draws():
             for key, values in _parts(run, particles).items():
-                parts[key].append(values)
+                row = parts.setdefault(key, values.new_zeros(num_particles))
+                row[done : done + len(values)] = values
+            done += run.num_particles
             bar.update(run.num_particles)
-    draws = {key: torch.cat(values) for key, values in parts.items()}
-    log_p = sum(values for (kind, _), values in draws.items() if kind != "log q")
-    log_q = sum(values for (kind, _), values in draws.items() if kind == "log q")
-    kl: dict = defaultdict(float)
-    for (kind, name), values in draws.items():
-        if kind != "likelihood":
+
+    def total(kind: str) -> Tensor:
+        rows = [values for (k, _), values in parts.items() if k == kind]
+        return sum(rows, torch.zeros(())).expand(num_particles)
+
+    groups = proposal.sizes if proposal.shares_noise else None
+    kl = defaultdict(float)
+    for (kind, name), values in parts.items():
+        if kind in ("log q", "prior"):
             kl[name] = kl[name] + (values if kind == "log q" else -values)
+    data = {name: values for (kind, name), values in parts.items() if kind == "likelihood"}
+    log_p, log_q = total("likelihood") + total("prior"), total("log q")
     return ElboTerms(
-        elbo=Mean.of(log_p - log_q),
-        reconstruction={n: Mean.of(v) for (kind, n), v in draws.items() if kind == "likelihood"},
-        kl={name: Mean.of(values) for name, values in kl.items()},
-        expected_log_joint=Mean.of(log_p),
-        entropy=Mean.of(-log_q),
-        num_dims=_num_dims(run, particles[0]),
+        elbo=Mean.of(log_p - log_q, groups),
+        reconstruction={name: Mean.of(values, groups) for name, values in data.items()},
+        kl={name: Mean.of(values, groups) for name, values in kl.items()},
+        expected_log_joint=Mean.of(log_p, groups),
+        entropy=Mean.of(-log_q, groups),
+        num_dims=float(total("dims").mean()),
     )
 
 
-def _parts(run: Run, particles: list[list[Term]]) -> dict[tuple[str, str], torch.Tensor]:
-    """(kind, name) -> shape (draws,): terms summed over their plates, with their scales."""
-    names = _names(run, particles[0])
+def _parts(run: Run, particles: list[list[Term]]) -> dict[tuple[str, str], Tensor]:
+    """(kind, name) -> shape (draws,): sums over the plates, with their scales; 0 if not sampled."""
     result: dict = {}
-    for copies in zip(*particles, strict=True):  # the same site in each pair
-        term = copies[0]
-        kind = "log q" if term.sign < 0 else "likelihood"
-        if term.sign > 0 and not term.site["is_observed"]:
-            kind = "prior"
-        scaled = [[replace(t, log_prob=t.log_prob * t.scale, sign=+1)] for t in copies]
-        key = kind, names.get(term.name, term.name)
-        values = log_weights(scaled, {}, run).reshape(run.num_particles)
-        result[key] = result.get(key, 0.0) + values
-    total = sum(float(values.sum()) for values in result.values())
-    check_finite(total, [term for row in particles for term in row])
+    for i, terms in enumerate(particles):
+        row = slice(None) if run.vectorized else slice(i, i + 1)
+        names = _names(run, terms)
+        for term in terms:
+            kind, name = _kind(term), names.get(term.name, term.name)
+            scored = {kind: term.log_prob}
+            if kind == "likelihood" and not site_is_factor(term.site):
+                scored["dims"] = _dims(term)
+            for kind, values in scored.items():
+                scaled = replace(term, log_prob=values * term.scale, sign=+1)
+                values = log_weights([[scaled]], {}, run).reshape(run.num_particles)
+                sums = result.setdefault((kind, name), torch.zeros_like(values))
+                sums[row] += values[row]
+    if not all(bool(values.isfinite().all()) for values in result.values()):
+        blame([term for terms in particles for term in terms])
     return result
+
+
+def _kind(term: Term) -> str:
+    if term.sign < 0:
+        return "log q"
+    return "likelihood" if term.site["is_observed"] else "prior"
+
+
+def _dims(term: Term) -> Tensor:
+    """Number of values in each element of an observed site's batch; 0 where it is masked."""
+    event = term.site["fn"].event_shape.numel()
+    return scale_and_mask(torch.full_like(term.log_prob, event), 1.0, split_mask(term.site)[1])
 
 
 def _names(run: Run, terms: list[Term]) -> dict[str, str]:
     """Term -> the latents it stands for, "a, b" if the guide has no density for each alone."""
     roles = run.roles
-    latents = [t.name for t in terms if t.sign > 0 and not t.site["is_observed"]]
-    groups: list[tuple[set, set]] = []  # terms, and the latents they stand for
+    latents = [term.name for term in terms if _kind(term) == "prior"]
+    owned = {}
     for term in terms:
         sources = roles.given_mixing() if term.site is None else (term.name,)  # None: h_K
-        owned = {n for name in sources for n in (name, *roles.delta_children(name))}
-        owned &= set(latents)
-        joined = [group for group in groups if group[1] & owned]
-        groups = [group for group in groups if not group[1] & owned]
-        groups.append(
-            (
-                {term.name}.union(*(names for names, _ in joined)),
-                owned.union(*(others for _, others in joined)),
-            )
-        )
-    labels = [(names, ", ".join(n for n in latents if n in owned)) for names, owned in groups]
-    return {name: label or name for names, label in labels for name in names}
-
-
-def _num_dims(run: Run, terms: list[Term]) -> float:
-    """Observed values that are not masked, each counted with its scale."""
-    total = 0.0
-    for term in terms:
-        if term.sign < 0 or not term.site["is_observed"] or site_is_factor(term.site):
-            continue
-        count = torch.ones_like(term.log_prob)
-        if run.vectorized and count.dim() >= -run.particle_dim:
-            count = count[0]
-        mask = split_mask(term.site)[1]
-        event = term.site["fn"].event_shape.numel()
-        total += float((scale_and_mask(count, 1.0, mask) * term.scale).sum()) * event
-    return total
+        reached = {n for name in sources for n in (name, *roles.delta_children(name))}
+        owned[term.name] = reached.intersection(latents)
+    groups: list[set] = []
+    for mine in owned.values():
+        joined = [group for group in groups if group & mine]
+        groups = [group for group in groups if not group & mine] + [mine.union(*joined)]
+    labels = {n: ", ".join(m for m in latents if m in group) for group in groups for n in group}
+    return {name: labels[min(mine)] for name, mine in owned.items() if mine}

@@ -34,7 +34,9 @@ class Evidence:
     :ivar log_evidence_psis: the same with Pareto-smoothed weights: less variable, slightly biased.
     :ivar elbo: the mean log-weight; with a guide, its ELBO; nats.
     :ivar ess: effective sample size, in draws of K.
-    :ivar pareto_k: shape of the tail of the weights; above 0.7 do not trust the estimate.
+    :ivar pareto_k: shape of the tail of the weights; above 0.7 do not trust the estimate, ``-inf``
+        if the largest weights are equal (an exact posterior, discrete latents), ``inf`` with
+        too few draws (25 have a tail).
     :ivar scale: scale of each unit, :math:`N/B` under subsampling.
     :ivar plates: names of the plates of the units, left to right; empty if the whole model is one.
     :ivar num_particles: K.
@@ -155,18 +157,16 @@ def log_evidence(
     num_particles = positive_int("num_particles", num_particles, 2)
     if method not in ("importance", "ais"):
         raise ValueError(f"method must be 'importance' or 'ais', got {method!r}.")
-    options = {"max_plate_nesting": max_plate_nesting, "vectorize_particles": vectorize_particles}
-    acceptance = []
+    options = {
+        "num_particles": num_particles,
+        "chunk_size": chunk_size,
+        "max_plate_nesting": max_plate_nesting,
+        "vectorize_particles": vectorize_particles,
+    }
+    acceptance = None
     if method == "importance":
         proposal = Proposal(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=num_particles,
-            chunk_size=chunk_size,
-            num_mixing_particles=num_mixing_particles,
-            **options,
+            model, guide, args, kwargs, num_mixing_particles=num_mixing_particles, **options
         )
         summary = proposal.summary()
         with progress_bar(progress, num_particles, unit="particle") as bar:
@@ -174,7 +174,7 @@ def log_evidence(
                 summary.add(by_plate(chunk.log_w, chunk.plates, lead=1))
                 bar.update(len(chunk.log_w))
     else:
-        summary = WeightSummary(num_particles)
+        summary, acceptance = GroupedSummary(num_particles), 0.0
         with progress_bar(progress, 0, unit="transition") as bar:
             chunks = annealed_log_weights(
                 model,

@@ -8,11 +8,13 @@ name belongs to one live objective, and a stored parameter of another shape is a
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import pyro
 import torch
+from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["register_learned"]
+__all__ = ["graph_leaves", "register_learned"]
 
 _owners: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 
@@ -52,3 +54,19 @@ def register_learned(owner, name: str, module: torch.nn.Module) -> torch.nn.Modu
             )
     _owners[name] = owner
     return pyro.module(name, module, update_module_params=True)
+
+
+def graph_leaves(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that require a gradient in the graphs of tensors, each once."""
+    pending = [get_gradient_edge(t).node for t in tensors if t.requires_grad]
+    found, seen = [], {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of a node that accumulates a gradient
+        if leaf is not None:
+            found.append(leaf)
+        pending += [child for child, _ in node.next_functions]
+    return found

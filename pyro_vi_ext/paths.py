@@ -32,9 +32,9 @@ from pyro.poutine.util import site_is_subsample
 from pyro_vi_ext.roles import guide_roles, is_delta
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import Scored, Term, plates_of, site_log_prob, split_mask
-from pyro_vi_ext.tracing import latent_sites, signature
+from pyro_vi_ext.tracing import latent_sites, sample_sites, signature
 
-__all__ = ["Paths", "draws", "is_reparameterized"]
+__all__ = ["Detached", "Paths", "draws", "is_reparameterized"]
 
 
 def is_reparameterized(site: dict) -> bool:
@@ -45,6 +45,19 @@ def is_reparameterized(site: dict) -> bool:
 def draws(guide_trace: Trace) -> dict[str, dict]:
     """The sites of a guide trace that are drawn: all latents but point masses."""
     return {name: s for name, s in latent_sites(guide_trace).items() if not is_delta(s)}
+
+
+class Detached(Messenger):
+    """Cuts the path of every draw before anything sees it."""
+
+    def _pyro_post_sample(self, msg):
+        if not msg["is_observed"] and not site_is_subsample(msg) and torch.is_tensor(msg["value"]):
+            if not is_delta(msg):
+                msg["value"] = msg["value"].detach()
+
+    def show(self, run: Run, guide_trace: Trace) -> Trace:
+        """The guide's trace that the model is replayed against, and that is scored."""
+        return guide_trace
 
 
 class Paths(Messenger):
@@ -59,8 +72,9 @@ class Paths(Messenger):
         super().__init__()
         self.copies = copies
         self.drawn: list[Trace] = []
+        # Hooks hold these lists only: a hook that held the run would keep its graph for ever.
         self._chains: list[bool] = []
-        self._weights: torch.Tensor | None = None
+        self._weights: list[torch.Tensor] = []
 
     # While the guide runs: a gradient through what its later sites see of a draw is a chain.
 
@@ -70,16 +84,9 @@ class Paths(Messenger):
             return
         if torch.is_tensor(value) and value.requires_grad:
             seen = value.view_as(value)
-            seen.register_hook(functools.partial(self._on_chain, msg["name"], len(self.drawn)))
+            check = functools.partial(_check_chain, self._chains, len(self.drawn), msg["name"])
+            seen.register_hook(check)
             msg["value"] = seen
-
-    def _on_chain(self, name: str, index: int, grad):
-        if not self._chains[index]:
-            raise ValueError(
-                f"A distribution of the guide depends on the draw of site '{name}' in this call, "
-                "and did not in an earlier call with the same sites. Make the dependence the same "
-                "in every call, or use gradient='pathwise'."
-            )
 
     # Between the guide and the model.
 
@@ -95,8 +102,9 @@ class Paths(Messenger):
             copy = site["value"]
             if copy.requires_grad:
                 copy = copy.view_as(copy)
-                weigh = functools.partial(self._weigh, run, index, site["fn"].event_dim)
-                copy.register_hook(weigh)
+                particle = None if run.vectorized else index
+                event_dim = site["fn"].event_dim
+                copy.register_hook(functools.partial(_weigh, self._weights, particle, event_dim))
             values[name] = copy
         return self._at(run, index, values)
 
@@ -105,15 +113,7 @@ class Paths(Messenger):
 
         :param weights: shape (particles, \\*units), as the log-weights.
         """
-        self._weights = weights
-
-    def _weigh(self, run: Run, index: int, event_dim: int, grad: torch.Tensor) -> torch.Tensor:
-        weights = self._weights
-        if not run.vectorized:
-            weights = weights[index]
-        batch_dim = grad.dim() - event_dim
-        weights = weights.reshape(weights.shape[weights.dim() - min(batch_dim, weights.dim()) :])
-        return grad * weights.reshape(weights.shape + (1,) * event_dim)
+        self._weights[:] = [weights]
 
     def _at(self, run: Run, index: int, values: dict[str, torch.Tensor]) -> Trace:
         """The guide at given values of its draws."""
@@ -152,6 +152,27 @@ class Paths(Messenger):
         return result
 
 
+def _check_chain(chains: list[bool], index: int, name: str, grad: torch.Tensor) -> None:
+    if not chains[index]:
+        raise ValueError(
+            f"A distribution of the guide depends on the draw of site '{name}' where no dependence "
+            "was seen before: it comes and goes between calls, or cannot be followed "
+            "(torch.func). Make it the same in every call, with plain torch operations, or use "
+            "gradient='pathwise'."
+        )
+
+
+def _weigh(
+    held: list[torch.Tensor], particle: int | None, event_dim: int, grad: torch.Tensor
+) -> torch.Tensor:
+    (weights,) = held
+    if particle is not None:
+        weights = weights[particle]
+    batch_dim = grad.dim() - event_dim
+    weights = weights.reshape(weights.shape[weights.dim() - min(batch_dim, weights.dim()) :])
+    return grad * weights.reshape(weights.shape + (1,) * event_dim)
+
+
 def score(site: dict, mask=None) -> Term:
     """The log-density of a guide site as a term of sign +1, unmasked unless a mask is given."""
     fn, _ = split_mask(site)
@@ -162,14 +183,16 @@ def score(site: dict, mask=None) -> Term:
 def is_chain(run: Run, guide_trace: Trace) -> bool:
     """Whether the distribution of some guide site depends on the draw of another.
 
-    A point mass beside a draw counts as dependent, and so does whatever cannot be told. Cached by
-    the sites of the guide.
+    A point mass or a factor beside a draw counts as dependent, and so does whatever cannot be told.
+    Cached by the sites of the guide.
     """
-    sites, drawn = latent_sites(guide_trace), draws(guide_trace)
-    if not drawn or len(sites) == 1:
+    sites, drawn = sample_sites(guide_trace), draws(guide_trace)
+    if not drawn:
         return False
     if len(drawn) < len(sites) or isinstance(poutine.unwrap(run.guide), GuideMessenger):
         return True
+    if len(sites) == 1:
+        return False
     key, known = signature(guide_trace), run.structure.chains
     if key not in known:
         try:
@@ -191,7 +214,12 @@ def _check_same_density(run: Run, drawn: Trace, again: Trace) -> None:
         return
     with torch.no_grad():
         for name, site in draws(drawn).items():
-            first, second = site_log_prob(site), site_log_prob(again.nodes[name])
+            # At other tensors of the same values: transforms remember what they have inverted, and
+            # would answer the scores to come without a gradient.
+            first, second = (
+                site_log_prob({**s, "value": s["value"].detach()}, split_mask(s)[0])
+                for s in (site, again.nodes[name])
+            )
             rounding = torch.finfo(first.dtype).eps ** 0.5 * (1 + first.abs())
             if not bool(((first - second).abs() <= 10 * rounding).all()):
                 raise ValueError(

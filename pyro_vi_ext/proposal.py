@@ -113,7 +113,7 @@ class Proposal:
             _check_densities(run)
             terms = [term for row in particles for term in row]
             plates = unit_plates(terms)
-            scale = unit_scale(terms, plates, "An importance weight (elbo_terms takes none)")
+            scale = unit_scale(terms, plates, "An importance weight (unlike elbo_terms)")
             log_w = log_weights(particles, plates, run)
             if not bool(torch.isfinite(log_w).all()):
                 _check_weights(log_w, terms)

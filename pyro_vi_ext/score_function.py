@@ -34,14 +34,14 @@ def score_terms(guide_trace: Trace) -> list[Term]:
 
 
 def learning_signal(terms: Sequence[Term], plates: dict) -> torch.Tensor:
-    """The scaled log-weight that a site in given plates can influence, detached.
+    """The scaled log-weight that a site in given plates can influence.
 
     Terms are summed over the plates that the site is not in, and kept apart along those that it is
     in; particles (vectorised) are kept apart. Broadcasts against the site's log-probability.
     """
     total = 0.0
     for term in terms:
-        value = (term.log_prob * term.scale).detach()
+        value = term.log_prob * term.scale
         dims = [f.dim for name, f in term.plates.items() if name not in plates]
         dims = [d for d in dims if -d <= value.dim()]
         total = total + term.sign * (value.sum(dims, keepdim=True) if dims else value)
@@ -57,6 +57,6 @@ def score_bound(run: Run, particles: Sequence[Sequence[Term]], guides: Sequence[
     total = 0.0
     for terms, guide_trace in zip(particles, guides, strict=True):
         for term in score_terms(guide_trace):
-            signal = learning_signal(terms, term.plates)
+            signal = learning_signal(terms, term.plates).detach()
             total = total + (signal * term.log_prob).sum() / run.num_particles
     return total
