@@ -75,3 +75,77 @@ def test_evidence(tmp_path, capsys):
             assert estimate == pytest.approx(-5.414534, abs=1e-6) and se < 1e-9
     assert {"prior, 2,000 draws", "prior, 5,000 draws", "encoder of x"} <= flagged
     assert not flagged & {"guide, one sign", "guide, both signs", "encoder of x and s"}
+
+
+DEEP_VAE_TINY = (
+    "--num-steps 9 --num-test 15 --num-free 5 --num-free-steps 3 --num-iwae-particles 100"
+)
+
+
+def run_deep_vae(tmp_path, options):
+    example = load("deep_vae")
+    args = example.parse([*options.split(), "--output", str(tmp_path)])
+    return example.main(args)
+
+
+def test_deep_vae(tmp_path, capsys):
+    options = "--num-steps 150 --num-test 30 --num-free 10 --num-free-steps 60"
+    rows = run_deep_vae(tmp_path, f"{options} --num-iwae-particles 500")
+    out = capsys.readouterr().out
+    with open(tmp_path / "table.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["guide"] for row in table] == ["amortised"] * 3 + ["free-form"]
+    assert [int(row["N"]) for row in table] == [30, 30, 10, 10]
+    for row in rows:
+        error = math.hypot(row["se"], row["se of IWAE"])
+        assert row["ELBO"] < row["IWAE-K"] + 4 * error
+        assert row["ELBO"] == pytest.approx(row["reconstruction"] - row["KL"], abs=1e-3)
+        assert row["bits/dim"] == pytest.approx(-row["ELBO"] / (64 * math.log(2)), rel=1e-5)
+        assert -40 < row["ELBO"] < -22  # from independent pixels to a model trained to the end
+    amortised, free = rows[2:]
+    gap, error = free["ELBO"] - amortised["ELBO"], math.hypot(free["se"], amortised["se"])
+    assert gap > 4 * error and f"{gap:.3f} (se {error:.3f})" in out
+    same = abs(free["IWAE-K"] - amortised["IWAE-K"])  # one evidence, two proposals
+    assert same < 4 * math.hypot(free["se of IWAE"], amortised["se of IWAE"])
+    assert (tmp_path / "deep_vae.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--objective stl --num-layers 2 --attribute 1 7 9",
+        "--objective iwae --likelihood gaussian --guide-steps 3",
+        "--objective dreg --num-particles 3 --num-layers 2 --likelihood gaussian",
+    ],
+)
+def test_deep_vae_options(tmp_path, options):
+    rows = run_deep_vae(tmp_path, f"{options} {DEEP_VAE_TINY}")
+    for row in rows:
+        assert row["ELBO"] < row["IWAE-K"] + 4 * math.hypot(row["se"], row["se of IWAE"])
+        levels = 17 if "gaussian" in options else 1
+        nats = -row["ELBO"] + 64 * math.log(levels)  # intervals of width 1/17
+        assert row["bits/dim"] == pytest.approx(nats / (64 * math.log(2)), rel=1e-5)
+    layers = 2 if "layers 2" in options else 1
+    assert len(rows[0]["active units"].split(",")) == layers
+
+
+def test_deep_vae_continues_its_checkpoint_and_no_other(tmp_path):
+    options = f"{DEEP_VAE_TINY} --checkpoint {tmp_path / 'fit.pt'}"
+    begun = run_deep_vae(tmp_path, options)
+    assert run_deep_vae(tmp_path, options) == begun  # trained already
+    with pytest.raises(ValueError, match="begun with {'objective': 'elbo'}"):
+        run_deep_vae(tmp_path, f"{options} --objective stl")
+    (tmp_path / "fit.pt").unlink()
+    assert run_deep_vae(tmp_path, options) == begun
+
+
+def test_deep_vae_grey_levels_become_intervals():
+    """Rounding down undoes it, and the density of a uniform guess is that of its levels."""
+    example = load("deep_vae")
+    args = example.parse(["--likelihood", "gaussian"])
+    grey = torch.arange(17.0).repeat(500, 1) / 16
+    x = example.observe(grey, args, torch.Generator().manual_seed(0))
+    assert torch.equal((x * 17).floor(), (grey * 16).round())
+    assert 0 <= x.min() and x.max() < 1
+    within = x * 17 - (x * 17).floor()
+    assert abs(within.mean() - 0.5) < 4 * within.std() / x.numel() ** 0.5
