@@ -32,33 +32,34 @@ class ChunkedEstimate(Estimate):
 
     def __init__(self, objective, model, guide, args, kwargs):
         self.objective, self._pair = objective, (model, guide, args, kwargs)
-        self._subsample = SharedSubsample()
         self._chunks, rows = [], []
+        subsample = SharedSubsample()
         num, size = objective.num_particles, objective.chunk_size
         with torch.no_grad():
             for start in range(0, num, size):
-                chunk = Chunk(start, min(start + size, num), get_rng_state())
+                known = dict(subsample.indices)
+                chunk = Chunk(start, min(start + size, num), get_rng_state(), known)
                 self._chunks.append(chunk)
-                run, _, particles = self._score(chunk.stop - chunk.start)
+                run, _, particles = self._score(chunk, subsample)
                 self._plates, self._scale = units(particles, run)
                 rows.append(log_weights(particles, self._plates, run))
             self._weights = objective.weights(torch.cat(rows))
             self.loss = -(self._weights.bound * self._scale).sum()
 
-    def _score(self, num_particles: int):
+    def _score(self, chunk: Chunk, subsample: SharedSubsample):
         objective = self.objective
         run = objective._run(
             *self._pair,
-            num_particles=num_particles,
+            num_particles=chunk.stop - chunk.start,
             vectorized=objective.vectorize_particles,
-            subsample=self._subsample,
+            subsample=subsample,
         )
         return run, *objective.score(run)
 
     def _surrogate(self, chunk: Chunk) -> torch.Tensor:
         """The part of the surrogate loss of some particles, drawn as before."""
-        with chunk.replayed():
-            run, scored, particles = self._score(chunk.stop - chunk.start)
+        with chunk.replayed() as subsample:
+            run, scored, particles = self._score(chunk, subsample)
             log_w = log_weights(particles, self._plates, run)
             weights = self._weights.slice(chunk.start, chunk.stop)
             part = self.objective.surrogate(run, scored, log_w, weights, self._plates, self._scale)
@@ -80,8 +81,8 @@ class ChunkedEstimate(Estimate):
     def terms(self) -> list[Term]:
         """The terms of the first chunk that has a log-weight which is not finite, else of one."""
         for chunk in self._chunks:
-            with torch.no_grad(), chunk.replayed():
-                run, _, particles = self._score(chunk.stop - chunk.start)
+            with torch.no_grad(), chunk.replayed() as subsample:
+                run, _, particles = self._score(chunk, subsample)
                 log_w = log_weights(particles, self._plates, run)
             if not bool(torch.isfinite(log_w).all()):
                 break
@@ -90,18 +91,26 @@ class ChunkedEstimate(Estimate):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Particles ``start`` to ``stop``, and the random state from which they were drawn."""
+    """Particles ``start`` to ``stop``, and from where they were drawn.
+
+    :ivar state: the random state.
+    :ivar known: indices of the plates that earlier chunks had subsampled. What this chunk
+        subsampled it must draw again, or what follows would see other random numbers.
+    """
 
     start: int
     stop: int
     state: dict
+    known: dict
 
     @contextmanager
     def replayed(self):
-        """Draw the same again; the random state is then as it was before."""
+        """Draw the same again, inside the subsample given; the random state is then as before."""
         before = get_rng_state()
         set_rng_state(self.state)
+        subsample = SharedSubsample()
+        subsample.indices.update(self.known)
         try:
-            yield
+            yield subsample
         finally:
             set_rng_state(before)

@@ -9,6 +9,7 @@ loss, and their gradients are the same estimator's.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -117,7 +118,11 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
             **options,
         }
         structure = self._structure(model, guide, args, kwargs)
-        return Run(structure, model, guide, args, kwargs, **options)
+        return Run(structure, *self._handled(model, guide), args, kwargs, **options)
+
+    def _handled(self, model, guide):
+        """Model and guide inside the effect handlers of the objective, if it has any."""
+        return model, guide
 
     def _structure(self, model, guide, args, kwargs) -> Structure:
         key = (model, guide)
@@ -130,7 +135,8 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
     @staticmethod
     def _finite(estimate: Estimate) -> float:
         loss = float(estimate.loss.detach())
-        check_finite(loss, estimate.terms)
+        if not math.isfinite(loss):  # terms of chunks cost a pass
+            check_finite(loss, estimate.terms)
         return loss
 
     def _get_trace(self, model, guide, args, kwargs):

@@ -26,6 +26,12 @@ def check_sites(pair: TracePair) -> None:
     latents = {name for name, site in model.items() if not site["is_observed"]}
     for name, site in guide.items():
         auxiliary = site["infer"].get("is_auxiliary")
+        if site_is_factor(site) and site["fn"].has_rsample is False:
+            raise NotImplementedError(
+                f"Guide site '{name}' is a factor whose noise has no path (has_rsample=False), and "
+                "factors have no score-function term here. Write a distribution with log_prob "
+                "instead of pyro.factor."
+            )
         if auxiliary and name in latents:
             raise ValueError(
                 f"Guide site '{name}' is marked auxiliary but is a latent variable of the model. "
@@ -113,7 +119,7 @@ def check_single(run: Run, pair: TracePair) -> None:
             for name in many.keys() & alone.keys() & repeated.keys():
                 try:
                     total, b, c = (log_prob(s[name]) for s in (many, alone, repeated))
-                except KeyError:  # a flow without an inverse has no density at a given value
+                except (KeyError, NotImplementedError):  # a flow without an inverse
                     continue
                 if total.dim() < -run.particle_dim or not torch.equal(b, c):
                     continue  # not in the particle plate; or random (dropout)
@@ -130,4 +136,7 @@ def check_single(run: Run, pair: TracePair) -> None:
 
 
 def log_prob(site: dict) -> torch.Tensor:
-    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    """At another tensor of the same value: what a transform inverts here has no gradient, and it
+    remembers its latest."""
+    value = site["value"].detach() if torch.is_tensor(site["value"]) else site["value"]
+    return site["fn"].log_prob(value, *site["args"], **site["kwargs"])

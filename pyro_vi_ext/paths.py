@@ -48,16 +48,28 @@ def draws(guide_trace: Trace) -> dict[str, dict]:
 
 
 class Detached(Messenger):
-    """Cuts the path of every draw before anything sees it."""
+    """Cuts the path of every draw before the model, or a later site of the guide, sees it.
+
+    :ivar drawn: the guide's traces as drawn, one for each pair of the run.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.drawn: list[Trace] = []
 
     def _pyro_post_sample(self, msg):
-        if not msg["is_observed"] and not site_is_subsample(msg) and torch.is_tensor(msg["value"]):
-            if not is_delta(msg):
-                msg["value"] = msg["value"].detach()
+        drawn = not msg["is_observed"] and not site_is_subsample(msg) and not is_delta(msg)
+        if drawn and torch.is_tensor(msg["value"]):
+            msg["value"] = msg["value"].detach()
 
     def show(self, run: Run, guide_trace: Trace) -> Trace:
         """The guide's trace that the model is replayed against, and that is scored."""
-        return guide_trace
+        self.drawn.append(guide_trace)
+        trace = guide_trace.copy()
+        for name, site in draws(guide_trace).items():
+            trace.nodes[name] = {**site, "value": site["value"].detach()}
+            trace.nodes[name].pop("drawn_log_prob", None)
+        return trace
 
 
 class Paths(Messenger):

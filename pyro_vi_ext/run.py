@@ -85,6 +85,7 @@ class Run:
         from its density: what it makes of each guide trace is shown to the model, and is the
         guide's trace in ``pairs``.
     :param mixing: whether the guide may have mixing variables.
+    :param check_alone: whether values of sites suffice to score them again, one particle alone.
     :ivar pairs: the particles' traces: a single vectorised :class:`TracePair` whose sites have the
         particles along ``particle_dim``, or ``num_particles`` pairs without such a dimension.
     :ivar roles: the :class:`~pyro_vi_ext.roles.GuideRoles` of the guide.
@@ -106,6 +107,7 @@ class Run:
         given=None,
         paths=None,
         mixing=True,
+        check_alone=True,
     ):
         self.structure = structure
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
@@ -114,7 +116,7 @@ class Run:
         self.vectorize_mixing = vectorized if vectorize_mixing is None else vectorize_mixing
         self.subsample = SharedSubsample() if subsample is None else subsample
         self.particle_dim = -structure.max_plate_nesting - 1
-        self.paths, self._mixing = paths, mixing
+        self.paths, self._mixing, self._check_alone = paths, mixing, check_alone
         given = [{}] * (1 if vectorized else num_particles) if given is None else given
         show = None if paths is None else functools.partial(paths.show, self)
         with broadcasting(vectorized):
@@ -182,7 +184,8 @@ class Run:
         if validate:
             nesting = self.structure.max_plate_nesting + int(self.vectorized)
             check_model_guide_match(pair.model, pair.guide, nesting)
-            if self.vectorized and not isinstance(poutine.unwrap(self.guide), GuideMessenger):
+            effectful = isinstance(poutine.unwrap(self.guide), GuideMessenger)
+            if self.vectorized and self._check_alone and not effectful:
                 check_single(self, pair)
         if len(self.structure.checked) > 1000:  # every batch has another shape
             self.structure.checked.clear()

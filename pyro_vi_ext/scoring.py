@@ -28,7 +28,7 @@ from pyro.util import check_site_shape
 from torch.distributions import Independent
 
 from pyro_vi_ext.run import Run
-from pyro_vi_ext.tracing import MIXING_PLATE, PARTICLE_PLATE, TracePair, sample_sites
+from pyro_vi_ext.tracing import MIXING_PLATE, PARTICLE_PLATE, TracePair, is_flow, sample_sites
 
 __all__ = ["Term", "check_finite", "linear_bound", "log_mean_bound", "pair_terms", "unit_plates"]
 
@@ -123,14 +123,14 @@ def site_log_prob(site: dict, fn=None, value=None) -> torch.Tensor:
     value = site["value"] if value is None else value
     try:
         return fn.log_prob(value, *site["args"], **site["kwargs"])
-    except KeyError as e:  # of a flow whose inverse is known at its own draws only
-        raise NotImplementedError(
-            f"The density of site '{site['name']}' is needed at a given value, and the flow "
-            f"{_flows(fn)} has no inverse: {e.args[0]}. Use a flow with an inverse "
-            "(affine_autoregressive, affine_coupling, spline), or an estimator that scores draws "
-            "as they are drawn: gradient='pathwise'."
-        ) from e
-    except (ValueError, NotImplementedError) as e:
+    except (KeyError, ValueError, NotImplementedError) as e:
+        if is_flow(fn) and not isinstance(e, ValueError):  # an inverse at its own draws, or none
+            raise NotImplementedError(
+                f"The density of site '{site['name']}' is needed at a given value, and the flow "
+                f"{_flows(fn)} has no inverse. Use a flow with an inverse (affine_autoregressive, "
+                "affine_coupling, spline), or an estimator that scores draws as they are drawn: "
+                "gradient='pathwise'."
+            ) from e
         raise type(e)(f"Cannot evaluate the density of site '{site['name']}': {e}") from e
 
 

@@ -200,7 +200,7 @@ def broadcasting(vectorized: bool):
     """Says what to do when code cannot be run for several draws at once."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotImplementedError):  # no matter of shapes
         raise
     except (RuntimeError, IndexError) as e:
         if not vectorized:
