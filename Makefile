@@ -29,6 +29,8 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/semi_implicit.py
+	$(BIN)/python benchmarks/importance_weighted.py
+	$(BIN)/python benchmarks/discrete.py
 
 docs: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"

@@ -10,6 +10,7 @@ kept for good is a *static* one. The two give different log-likelihoods and must
 
 import gzip
 import math
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,21 @@ __all__ = [
     "load_digits",
     "load_images",
     "load_mnist",
+    "load_static_mnist",
 ]
 
 _PREFIX = {"train": "train", "test": "t10k"}
+
+# What NumPy raises for a file that is no archive, or a damaged one, or has other arrays.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class ImageData(NamedTuple):
@@ -140,6 +153,56 @@ def load_mnist(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor
             f"{len(images)} images: they are of different data sets. Fetch both anew."
         )
     return images, labels.long()
+
+
+def load_static_mnist(path: str | Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Read MNIST as it was binarised once for all: 50,000 to train, 10,000 to validate and to test.
+
+    The draw of Salakhutdinov and Murray (2008) in the split of Larochelle, from a file of NumPy
+    with the arrays ``train``, ``valid`` and ``test``, eight pixels to a byte:
+    ``np.savez_compressed(path, train=np.packbits(x_train, axis=1), ...)`` writes one from rows of
+    784 zeros and ones. The test images of the original file are sorted by class; here they come in
+    a shuffled order that is the same for everybody, so that the first n are a fair sample.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Images to train, to validate and to test: zeros and ones, shape (N, 784), torch's default
+        dtype, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is damaged or of another kind; names the file.
+
+    References:
+        Salakhutdinov and Murray 2008, On the quantitative analysis of deep belief networks, ICML.
+
+    Example:
+        >>> load_static_mnist("no/such/static_mnist.npz")
+        Traceback (most recent call last):
+        FileNotFoundError: ... 'no/such/static_mnist.npz'
+    """
+    try:
+        with np.load(path) as file:
+            packed = [file[split] for split in ("train", "valid", "test")]
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"'{path}' is no complete NumPy file with the arrays train, valid and test ({error}). "
+            "Fetch it anew."
+        ) from error
+    for split, bits in zip(("train", "valid", "test"), packed, strict=True):
+        if bits.dtype != np.uint8 or bits.ndim != 2 or bits.shape[1] != 98:
+            raise ValueError(
+                f"'{path}': the array {split} is {bits.dtype} of shape {bits.shape}, expected "
+                "uint8 of shape (N, 98): np.packbits(x, axis=1) of x with 784 columns."
+            )
+    packed[2] = packed[2][_fixed_permutation(len(packed[2]))]
+    x_train, x_valid, x_test = (
+        torch.from_numpy(np.unpackbits(bits, axis=1)).to(torch.get_default_dtype())
+        for bits in packed
+    )
+    return x_train, x_valid, x_test
 
 
 def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

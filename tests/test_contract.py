@@ -43,9 +43,26 @@ OBJECTIVES = {
         pyro_vi_ext.ImportanceWeightedELBO, gradient="dreg", chunk_size=2
     ),
     "TraceSTL_ELBO": pyro_vi_ext.TraceSTL_ELBO,
+    "TraceScore_ELBO": pyro_vi_ext.TraceScore_ELBO,
+    "TraceScore_ELBO-all": partial(pyro_vi_ext.TraceScore_ELBO, score_sites="all"),
+    "TraceRLOO_ELBO": lambda num_particles, **kw: pyro_vi_ext.TraceRLOO_ELBO(
+        max(2, num_particles), **kw
+    ),
+    "TraceNVIL_ELBO": pyro_vi_ext.TraceNVIL_ELBO,
+    "TraceMuProp_ELBO": pyro_vi_ext.TraceMuProp_ELBO,
+    "TraceARM_ELBO": pyro_vi_ext.TraceARM_ELBO,
+    "TraceDisARM_ELBO": pyro_vi_ext.TraceDisARM_ELBO,
+    "TraceConcrete_ELBO": pyro_vi_ext.TraceConcrete_ELBO,
+    "TraceREBAR_ELBO": pyro_vi_ext.TraceREBAR_ELBO,
+    "TraceREBAR_ELBO-uncoupled": partial(pyro_vi_ext.TraceREBAR_ELBO, coupled=False),
+    "TraceRELAX_ELBO": pyro_vi_ext.TraceRELAX_ELBO,
+    "TraceLAX_ELBO": pyro_vi_ext.TraceLAX_ELBO,
 }
 
+DISCRETE = list(OBJECTIVES)[list(OBJECTIVES).index("TraceScore_ELBO") :]
+NOISY = ["TraceScore_ELBO-all", "TraceLAX_ELBO"]  # on continuous draws, by their nature
 TRAINED = [name for name in OBJECTIVES if "upper" not in name]  # upper bounds are for evaluation
+TRAINED = [name for name in TRAINED if name not in NOISY]
 
 DATA = torch.tensor([0.3, -1.2, 0.8, 1.9, -0.4, 0.1])
 
@@ -170,6 +187,69 @@ def annealed(guide):
     return poutine.scale(guide, scale=0.3)
 
 
+def bits(plate):
+    def model(x):
+        with plate(x) as index:
+            b = pyro.sample("b", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(2 * b - 1, 0.8), obs=x[index])
+
+    return model
+
+
+def bits_guide(plate):
+    torch.manual_seed(0)
+    net = nn.Linear(1, 1)
+
+    def guide(x):
+        pyro.module("net", net)
+        with plate(x) as index:
+            pyro.sample("b", dist.Bernoulli(logits=net(x[index].unsqueeze(-1)).squeeze(-1)))
+
+    return guide
+
+
+def masked(fn):
+    def inside(x):
+        with poutine.mask(mask=torch.arange(len(x)) != 2):
+            fn(x)
+
+    return inside
+
+
+def chain(x):
+    """A global bit, a bit for each datum, and a continuous draw below."""
+    top = pyro.sample("top", dist.Bernoulli(torch.full((2,), 0.4)).to_event(1))
+    with pyro.plate("data", len(x)):
+        b = pyro.sample("b", dist.Bernoulli(logits=top.sum(-1) - 1))
+        z = pyro.sample("z", dist.Normal(b, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+class ChainGuide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.logits = PyroParam(torch.tensor([0.3, -0.2]))
+        self.weight = PyroParam(torch.tensor([0.5, 1.0]))
+
+    def forward(self, x):
+        top = pyro.sample("top", dist.Bernoulli(logits=self.logits).to_event(1))
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Bernoulli(logits=self.weight[0] * (x + top.sum(-1))))
+            pyro.sample("z", dist.Normal(self.weight[1] * b + 0.5 * x, 0.5))
+
+
+def categories(x):
+    with pyro.plate("data", len(x)):
+        b = pyro.sample("b", dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])))
+        pyro.sample("x", dist.Normal(b @ torch.tensor([-1.0, 0.0, 1.0]).to(b), 0.5), obs=x)
+
+
+def categories_guide(x):
+    logits = pyro.param("logits", lambda: 0.1 * torch.arange(18.0).reshape(6, 3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("b", dist.OneHotCategorical(logits=logits))
+
+
 PAIRS = {
     "param": lambda: (regression, with_params),
     "module": lambda: (local, amortised(full)),
@@ -192,7 +272,32 @@ PAIRS = {
     "masked-AutoMultivariateNormal": lambda: (local_masked, AutoMultivariateNormal(local_masked)),
     "imputing-AutoNormal": lambda: (imputing, AutoNormal(imputing)),
     "scaled": lambda: (scaled(regression), annealed(with_params)),
+    "bits": lambda: (bits(full), bits_guide(full)),
+    "bits-subsampled": lambda: (bits(subsampled), bits_guide(subsampled)),
+    "bits-scaled": lambda: (scaled(bits(full)), annealed(bits_guide(full))),
+    "bits-masked": lambda: (masked(bits(full)), masked(bits_guide(full))),
+    "bits-chain": lambda: (chain, ChainGuide()),
+    "bits-one-hot": lambda: (categories, categories_guide),
 }
+
+# Without discrete draws most of DISCRETE are the same objective: a sample of these pairs, in short.
+SAMPLE = {"param", "module", "AutoNormal", "AutoMultivariateNormal", "subsampled", "scaled"}
+
+
+def cases(objectives):
+    return [
+        pytest.param(
+            objective,
+            name,
+            id=f"{objective}-{name}",
+            marks=pytest.mark.slow
+            if objective in DISCRETE and "bits" not in name and name not in SAMPLE
+            else (),
+        )
+        for objective in objectives
+        for name in PAIRS
+    ]
+
 
 PARTICLES = {
     "one": dict(num_particles=1),
@@ -201,29 +306,36 @@ PARTICLES = {
 }
 
 
-@pytest.fixture(params=PARTICLES, ids=str)
-def particles(request):
-    return PARTICLES[request.param]
-
-
-@pytest.fixture(params=OBJECTIVES, ids=str)
-def make_objective(request, particles):
-    return lambda: OBJECTIVES[request.param](**particles)
-
-
-@pytest.fixture(params=PAIRS, ids=str)
-def name(request):
-    return request.param
-
-
-def fits(objective, name):
-    """Whether the objective takes the guide; if not, it says so by an error that names a site."""
-    if objective.takes_mixing or "semi" not in name.lower():
+def takes(objective: str, name: str) -> bool:
+    """Whether an objective takes a guide; if not, it says so by an error that names a site."""
+    kind = getattr(pyro_vi_ext, objective.split("-")[0])
+    if "semi" in name.lower():
+        return kind.takes_mixing
+    if "bits" not in name:
         return True
+    if kind in (pyro_vi_ext.TraceARM_ELBO, pyro_vi_ext.TraceDisARM_ELBO):
+        return name != "bits-one-hot"
+    pathwise = pyro_vi_ext.SemiImplicitELBO, pyro_vi_ext.TraceSTL_ELBO, pyro_vi_ext.TraceLAX_ELBO
+    return kind not in pathwise
+
+
+def make(objective: str, name: str, **options):
+    """The pair, and the objective; ``None`` in its place if it refuses the pair."""
     model, guide = PAIRS[name]()
-    with pytest.raises(NotImplementedError, match="Guide site '.*' is a mixing variable"):
-        objective.loss(model, guide, DATA.to(torch.get_default_dtype()))
-    return False
+    made = OBJECTIVES[objective](**options)
+    if takes(objective, name):
+        return model, guide, made
+    x = DATA.to(torch.get_default_dtype())
+    with pytest.raises((NotImplementedError, ValueError), match="[Ss]ite '"):
+        made.differentiable_loss(model, guide, x)
+    return model, guide, None
+
+
+def rewind(objective):
+    """Forget the running means that calls with gradients leave behind."""
+    for module in getattr(objective, "means", nn.Module()).modules():
+        for buffer in module.buffers():
+            buffer.zero_()
 
 
 def seeded(fn, *args):
@@ -245,12 +357,13 @@ def same(objective, a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_entry_points_agree(make_objective, name, dtype):
+@pytest.mark.parametrize("particles", PARTICLES)
+@pytest.mark.parametrize("objective, name", cases(OBJECTIVES))
+def test_entry_points_agree(objective, name, particles, dtype):
     torch.set_default_dtype(dtype)
-    model, guide = PAIRS[name]()
     x = DATA.to(dtype)
-    objective = make_objective()
-    if not fits(objective, name):
+    model, guide, objective = make(objective, name, **PARTICLES[particles])
+    if objective is None:
         return
     module = objective(model, guide)
 
@@ -264,6 +377,7 @@ def test_entry_points_agree(make_objective, name, dtype):
     assert first.item() == pytest.approx(
         loss, rel=0, abs=1e-9 if first.dtype == torch.float64 else 1e-4
     )
+    rewind(objective)
     differentiable = seeded(objective.differentiable_loss, model, guide, x)
     assert differentiable.dim() == 0 and differentiable.item() == loss
     assert differentiable.dtype == torch.get_default_dtype()
@@ -272,6 +386,7 @@ def test_entry_points_agree(make_objective, name, dtype):
 
     for p in parameters:
         p.grad = None
+    rewind(objective)
     assert seeded(objective.loss_and_grads, model, guide, x) == loss
     for p, g in zip(parameters, grads, strict=True):
         assert (p.grad is None) == (g is None)
@@ -279,6 +394,7 @@ def test_entry_points_agree(make_objective, name, dtype):
 
     for p in parameters:
         p.grad = None
+    rewind(objective)
     seeded(module, x).backward()
     for p, g in zip(parameters, grads, strict=True):
         assert g is None or same(objective, p.grad, g)
@@ -286,6 +402,7 @@ def test_entry_points_agree(make_objective, name, dtype):
     for p in parameters:
         p.grad = None
     before = [p.detach().clone() for p in parameters]
+    rewind(objective)
     svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), loss=objective)
     assert seeded(svi.step, x) == loss
     assert seeded(svi.evaluate_loss, x) != loss
@@ -294,19 +411,20 @@ def test_entry_points_agree(make_objective, name, dtype):
             torch.testing.assert_close(p.detach(), b - 1e-3 * g, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("trained", TRAINED)
-def test_torch_optimizer_lowers_the_loss(trained, name):
-    model, guide = PAIRS[name]()
+@pytest.mark.parametrize("objective, name", cases(TRAINED))
+def test_torch_optimizer_lowers_the_loss(objective, name):
     x = DATA.to(torch.float64)
-    objective = OBJECTIVES[trained](num_particles=3)
-    if not fits(objective, name):
+    num_particles = 30 if objective in DISCRETE else 3
+    model, guide, objective = make(objective, name, num_particles=num_particles)
+    if objective is None:
         return
     module = objective(model, guide)
     module(x)
+    learned = getattr(objective, "learned", None)
+    learned = set() if learned is None else {id(p) for p in learned.parameters()}
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(0.3)
+            p.add_(0.0 if id(p) in learned else 0.3)
     before = sum(seeded(lambda: [module(x).item() for _ in range(20)]))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     for _ in range(40):
@@ -317,17 +435,20 @@ def test_torch_optimizer_lowers_the_loss(trained, name):
     assert after < before
 
 
-def test_set_up_leaves_the_random_state_alone(make_objective, name):
+@pytest.mark.parametrize("particles", PARTICLES)
+@pytest.mark.parametrize("objective, name", cases(OBJECTIVES))
+def test_set_up_leaves_the_random_state_alone(objective, name, particles):
     model, guide = PAIRS[name]()
     x = DATA.to(torch.float64)
-    objective = make_objective()
+    objective = OBJECTIVES[objective](**PARTICLES[particles])
     torch.manual_seed(5)
     state = torch.get_rng_state()
     objective._structure(model, guide, (x,), {})
     assert torch.equal(torch.get_rng_state(), state)
 
 
-NO_MIXING = [n for n in PAIRS if "semi" not in n.lower() and not n.startswith(("masked", "imput"))]
+OTHERS = ("masked", "imput", "bits")
+NO_MIXING = [n for n in PAIRS if "semi" not in n.lower() and not n.startswith(OTHERS)]
 
 
 @pytest.mark.parametrize("name", NO_MIXING)

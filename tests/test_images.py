@@ -3,6 +3,7 @@
 import gzip
 import sys
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pyro_vi_ext.models.images import (
     load_digits,
     load_images,
     load_mnist,
+    load_static_mnist,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -220,3 +222,68 @@ def test_training_resumes_bit_for_bit(tmp_path):
     run(4, checkpoint=tmp_path / "run.pt")
     resumed = run(9, checkpoint=tmp_path / "run.pt")
     assert resumed[0].equal(losses) and resumed[1].equal(parameters)
+
+
+# --- MNIST binarised once -------------------------------------------------------------------------
+
+
+def write_static(path, dtype=np.uint8, width=784, without=()):
+    """A small file of packed bits, and the bits."""
+    generator = np.random.default_rng(0)
+    sizes = {"train": 5, "valid": 3, "test": 40}
+    held = {k: generator.integers(2, size=(n, width), dtype=np.uint8) for k, n in sizes.items()}
+    packed = {k: np.packbits(v, axis=1).astype(dtype) for k, v in held.items() if k not in without}
+    np.savez_compressed(path, **packed)
+    return {k: torch.from_numpy(v).to(torch.get_default_dtype()) for k, v in held.items()}
+
+
+def test_static_images_are_unpacked_and_the_test_set_shuffled(tmp_path):
+    path = tmp_path / "static.npz"
+    held = write_static(path)
+    for place in (path, str(path)):
+        x_train, x_valid, x_test = load_static_mnist(place)
+        assert x_train.equal(held["train"]) and x_valid.equal(held["valid"])
+        assert x_test.dtype == torch.get_default_dtype() and not x_test.equal(held["test"])
+        assert sorted(x_test.tolist()) == sorted(held["test"].tolist())
+    torch.manual_seed(9)
+    assert load_static_mnist(path)[2].equal(x_test)
+
+
+def test_static_images_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
+        load_static_mnist(tmp_path / "nothing.npz")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: b"not an archive",
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:200] + bytes(100) + raw[300:],
+    ],
+)
+def test_damaged_static_images_are_named(tmp_path, damage):
+    path = tmp_path / "static.npz"
+    write_static(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"static\.npz' is no complete NumPy file"):
+        load_static_mnist(path)
+
+
+def test_other_files_are_no_static_images(tmp_path):
+    path = tmp_path / "static.npz"
+    write_static(path, without=("valid",))
+    with pytest.raises(ValueError, match=r"no complete NumPy file .*valid"):
+        load_static_mnist(path)
+    with (tmp_path / "array.npy").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match=r"array\.npy' is no complete NumPy file"):
+        load_static_mnist(tmp_path / "array.npy")
+    for options, message in (
+        ({"width": 64}, r"train is uint8 of shape \(5, 8\), expected uint8 of shape \(N, 98\)"),
+        ({"dtype": np.float32}, "train is float32"),
+    ):
+        write_static(path, **options)
+        with pytest.raises(ValueError, match=message):
+            load_static_mnist(path)
