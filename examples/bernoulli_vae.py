@@ -201,13 +201,13 @@ def plot(rows, valid, shape, args, path):
     pyro.set_rng_seed(args.seed + 2)  # the same picture, whatever was evaluated
     best = max(rows, key=lambda row: row["valid L_100"])
     pairs = torch.stack([valid[:10], mean_of_x(best["vae"], valid[:10])])
-    prior = prior_means(best["vae"], valid, 40).unflatten(0, (4, 10))
+    prior = prior_means(best["vae"], valid, 60).unflatten(0, (6, 10))
 
     figure, axes = plt.subplot_mosaic(
         [["curves", "ends", "pairs"], ["curves", "ends", "samples"]],
-        figsize=(15, 5),
-        width_ratios=(1.2, 1.0, 1.2),
-        height_ratios=(2, 4),
+        figsize=(15, 4.6),
+        width_ratios=(1.2, 1.0, 1.3),
+        height_ratios=(2, 6),
         layout="constrained",
     )
     draw_curves(axes["curves"], rows)
@@ -290,7 +290,7 @@ def parse(argv=None):
     add("--layers", choices=SIZES, default="1", help="stochastic layers; 1 and 2 are linear")
     add("--num-steps", type=int, default=1000, help="of each objective")
     add("--batch-size", type=int, default=100)
-    add("--lr", type=float, default=0.003, help="of Adam, for all parts")
+    add("--lr", type=float, default=0.001, help="of Adam, for all parts")
     add("--num-images", type=int, default=1000, help="evaluated, of each set")
     add("--device", default="cpu")
     add("--seed", type=int, default=0)

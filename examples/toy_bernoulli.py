@@ -45,11 +45,6 @@ def controlled(num_hidden, **options):
     return lambda n: TraceRELAX_ELBO(Control(n, num_hidden), **options)
 
 
-def no_network(logits, t):
-    """A baseline of zero beside the running mean."""
-    return torch.zeros(())
-
-
 LEAVE_ONE_OUT = {"num_particles": 2, "leave_one_out": True}
 
 # Name: evaluations of f for one step, and the objective for n copies.
@@ -57,7 +52,7 @@ ESTIMATORS = {
     "exact gradient": (2, lambda n: None),
     "REINFORCE": (1, lambda n: TraceScore_ELBO()),
     "MuProp": (2, lambda n: TraceMuProp_ELBO()),
-    "running mean": (1, lambda n: TraceNVIL_ELBO(no_network)),
+    "running mean": (1, lambda n: TraceNVIL_ELBO()),
     "RLOO": (2, lambda n: TraceRLOO_ELBO(num_particles=2)),
     "ARM": (2, lambda n: TraceARM_ELBO()),
     "DisARM": (2, lambda n: TraceDisARM_ELBO()),
@@ -215,7 +210,7 @@ def log(variance):
 
 
 def print_table(rows):
-    formats = {"loss": "{:.5f}", "se": "{:.5f}", "ms per step": "{:.2f}"}
+    formats = {"loss": "{:.6f}", "se": "{:.6f}", "ms per step": "{:.2f}"}
     formats |= dict.fromkeys(("log var at start", "log var at end"), "{:.2f}")
     table = [COLUMNS] + [[formats.get(c, "{}").format(row[c]) for c in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
@@ -259,7 +254,7 @@ def plot(rows, path):
             above.plot(row["steps"], row["losses"].mean(1), **look)
             below.plot(row["steps"], row["log variances"], **look)
         above.axhline(t**2, color="0.8", lw=1, zorder=0)
-        above.set(title=f"t = {t}", ylabel="L(θ) (mean over seeds)")
+        above.set(title=f"t = {t} (thin lines: t², log 1/64)", ylabel="L(θ) (mean over seeds)")
         below.axhline(-math.log(64), color="0.8", lw=1, zorder=0)
         below.set(xlabel="step", ylabel="log variance of the gradient (mean over seeds)")
     handles, labels = axes[0, 0].get_legend_handles_labels()

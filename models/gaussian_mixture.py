@@ -29,6 +29,7 @@ __all__ = [
     "QUERY_POINT",
     "GaussianMixture",
     "gaussian_mixture",
+    "gaussian_mixture_labels",
     "load_iris",
     "to_mixture",
     "two_gaussians",
@@ -45,6 +46,7 @@ def gaussian_mixture(
     num_components: int,
     *,
     marginalize: bool = True,
+    one_hot: bool = False,
     subsample_size: int | None = None,
     concentration: Tensor | float = 1.0,
     loc: Tensor | float | None = None,
@@ -65,9 +67,13 @@ def gaussian_mixture(
     (event (D,)), ``"scales"`` (event (D,), component standard deviations) and, if D > 1,
     ``"corr_tril"`` (event (D, D), Cholesky factor of a correlation matrix); in the plate
     ``"data"`` at dim -1, ``"x"`` (event (D,)). By default the labels are added up, so that all
-    latents are continuous; ``marginalize=False`` draws them at the site ``"z"`` (0, ..., K - 1)
-    in the plate ``"data"``. A vectorised particle plate sits to the left either way. To draw
-    points, hide the observation: ``pyro.poutine.uncondition(gaussian_mixture)``.
+    latents are continuous; ``marginalize=False`` draws them at the site ``"z"`` in the plate
+    ``"data"``: 0, ..., K - 1, or with ``one_hot=True`` vectors of length K, for a guide such as
+    :func:`gaussian_mixture_labels`. One-hot labels may be relaxed: x has the mean
+    :math:`\sum_k z_k \mu_k` and the Cholesky factor :math:`\sum_k z_k \operatorname{diag}(\sigma_k)
+    L_k`, which is that of the component at a hard z, to the last bit, and a smooth function in
+    between. A vectorised particle plate sits to the left either way. To draw points, hide the
+    observation: ``pyro.poutine.uncondition(gaussian_mixture)``.
 
     The defaults have no units: m and s are the means and standard deviations (divisor N) of the
     columns of `x`, so the posterior is the same in any units. They use all of `x`; if `x` is one
@@ -82,6 +88,7 @@ def gaussian_mixture(
             model, whole numbers become torch's default dtype.
         num_components: K, an integer >= 1.
         marginalize: add up the labels instead of drawing them.
+        one_hot: draw labels as one-hot vectors; needs ``marginalize=False``.
         subsample_size: draw a minibatch of this size in the plate ``"data"``, with its N/B scale.
         concentration: c, positive, a number or shape (K,).
         loc: m, in the units of `x`, a number or shape (D,).
@@ -112,6 +119,8 @@ def gaussian_mixture(
         torch.Size([20])
     """
     K = positive_int("num_components", num_components)
+    if one_hot and marginalize:
+        raise ValueError("one_hot=True draws labels: give marginalize=False too.")
     x = check_points(x)
     N, D = x.shape
     loc = _vector("loc", x.mean(0) if loc is None else loc, D, x, positive=False)
@@ -129,7 +138,7 @@ def gaussian_mixture(
             scale_trils = scale_trils * pyro.sample("corr_tril", dist.LKJCholesky(D, eta))
     # A dimension for the data, left of the components and right of any particles.
     means, scale_trils = means.unsqueeze(-3), scale_trils.unsqueeze(-4)
-    labels = dist.Categorical(weights)
+    labels = (dist.OneHotCategorical if one_hot else dist.Categorical)(weights)
     with pyro.plate("data", N, subsample_size=subsample_size, dim=-1) as index:
         batch = x if subsample_size is None else x[index]
         if marginalize:
@@ -137,9 +146,66 @@ def gaussian_mixture(
             points = dist.MixtureSameFamily(labels, components)
         else:
             z = pyro.sample("z", labels)
-            mean, scale_tril = Vindex(means)[..., z, :], Vindex(scale_trils)[..., z, :, :]
+            if one_hot:
+                mean = torch.einsum("...k,...kd->...d", z, means)
+                scale_tril = torch.einsum("...k,...kde->...de", z, scale_trils)
+            else:
+                mean, scale_tril = Vindex(means)[..., z, :], Vindex(scale_trils)[..., z, :, :]
             points = dist.MultivariateNormal(mean, scale_tril=scale_tril)
         return pyro.sample("x", points, obs=batch)
+
+
+def gaussian_mixture_labels(
+    x: Tensor,
+    num_components: int,
+    *,
+    one_hot: bool = False,
+    subsample_size: int | None = None,
+    **_,
+) -> None:
+    r"""Pyro guide of the labels of :func:`gaussian_mixture`: logits of its own for each point.
+
+    .. math:: q(z) = \prod_i \mathrm{Categorical}\big(z_i;\ \mathrm{softmax}(\ell_i)\big)
+
+    It takes the arguments of the model with ``marginalize=False`` (those not named here have no
+    effect) and draws the site ``"z"`` in the plate ``"data"``. The logits are the parameter ``"z_logits"``, shape (N, K), of
+    the dtype of `x`, 0 at first. Beside it the other sites need a guide (see the example). Given
+    the parameters of the mixture, the best logits are
+    :math:`\log \pi_k + \log \mathcal N(x_i; \mu_k, \Sigma_k)` up to a constant for each point: the
+    family has the exact posterior of the labels.
+
+    Args:
+        x: points, shape (N, D).
+        num_components: K, an integer >= 1.
+        one_hot: as for the model.
+        subsample_size: as for the model; a point has its own logits in every minibatch.
+
+    Raises:
+        ValueError: as :func:`gaussian_mixture`, for `x` and `num_components`.
+
+    Example:
+        >>> import pyro
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_vi_ext import TraceREBAR_ELBO
+        >>> pyro.set_rng_seed(0)
+        >>> pyro.clear_param_store()
+        >>> parameters = AutoNormal(pyro.poutine.block(gaussian_mixture, hide=["z"]))
+        >>> def guide(*args, **kwargs):
+        ...     parameters(*args, **kwargs)
+        ...     gaussian_mixture_labels(*args, **kwargs)
+        >>> x = torch.cat([torch.randn(20, 2) - 3.0, torch.randn(20, 2) + 3.0])
+        >>> adam = pyro.optim.Adam({"lr": 0.05})
+        >>> svi = pyro.infer.SVI(gaussian_mixture, guide, adam, TraceREBAR_ELBO())
+        >>> losses = [svi.step(x, 2, marginalize=False, one_hot=True) for _ in range(100)]
+        >>> sum(losses[-10:]) < sum(losses[:10])
+        True
+    """
+    K = positive_int("num_components", num_components)
+    x = check_points(x)
+    with pyro.plate("data", len(x), subsample_size=subsample_size, dim=-1) as index:
+        logits = pyro.param("z_logits", lambda: x.new_zeros(len(x), K))
+        logits = logits if subsample_size is None else logits[index]
+        pyro.sample("z", (dist.OneHotCategorical if one_hot else dist.Categorical)(logits=logits))
 
 
 def to_mixture(

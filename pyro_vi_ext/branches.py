@@ -76,8 +76,9 @@ def branch(
             new.pairs.append(trace_pair(run.model, run.guide, run.args, run.kwargs, *around))
         scored = [pair_terms(new, pair) for pair in new.pairs]
     if held and is_validation_enabled():
-        with torch.no_grad():
-            _check_held(run, new, held, copies)
+        _check_held(run, [pair.guide for pair in new.pairs], held, copies)
+        if relaxing is not None:
+            _check_at_other_values(run, list(given), held)
     return Branch(new, [[*part.model, *part.guide.values()] for part in scored])
 
 
@@ -194,8 +195,35 @@ def _descendants(run: Run, trace) -> dict[str, set[str]]:
     return below
 
 
-def _check_held(run: Run, new: Run, held: dict, copies: int) -> None:
+def _check_at_other_values(run: Run, changed: list[str], held: dict) -> None:
+    """A relaxed value lies where its hard one does: an ``if`` would not tell them apart.
+
+    Checked once for the sites of a guide, at all other hard values; the random state stays.
+    """
+    nodes = run.pairs[0].guide.nodes
+    key = ("other values", *changed, signature(run.pairs[0].guide))
+    if key in run.structure.checked:
+        return
+    relaxations = {name: relaxation_of(nodes[name]["fn"])[0] for name in changed}
+    sizes = [nodes[n]["value"].shape[-1] if r.event_dim else 2 for n, r in relaxations.items()]
+    for shift in range(1, max(sizes)):
+        guides = []
+        for pair in run.pairs:
+            values = {name: pair.guide.nodes[name]["value"].detach() for name in [*changed, *held]}
+            for name, relaxation in relaxations.items():
+                b = values[name]
+                values[name] = b.roll(shift, -1) if relaxation.event_dim else 1 - b
+            with torch.random.fork_rng(), torch.no_grad():
+                guides.append(run.guide_at(values))
+        _check_held(run, guides, held, 1)
+    run.structure.checked.add(key)
+
+
+@torch.no_grad()
+def _check_held(run: Run, guides: list, held: dict, copies: int) -> None:
     """What does not depend on the changed draws has the density it had.
+
+    :param guides: the guide's traces at the changed draws.
 
     :raises ValueError: naming a site of which this is not true.
     """
@@ -203,7 +231,7 @@ def _check_held(run: Run, new: Run, held: dict, copies: int) -> None:
         if name not in held:
             continue
         before = stacked(run, [site_log_prob(pair.guide.nodes[name]) for pair in run.pairs])
-        after = stacked(new, [site_log_prob(pair.guide.nodes[name]) for pair in new.pairs])
+        after = stacked(run, [site_log_prob(guide.nodes[name]) for guide in guides])
         before = before.expand((run.num_particles,) + before.shape[1:])
         before = before.repeat((copies,) + (1,) * (before.dim() - 1))
         rounding = 10 * torch.finfo(before.dtype).eps ** 0.5 * (1 + before.abs())

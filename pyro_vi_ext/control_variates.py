@@ -51,7 +51,7 @@ class ControlledObjective(DiscreteObjective):
 
     def register(self) -> list[nn.Parameter]:
         """Hand the learned parts to Pyro; the parameters that are trained."""
-        if self.learned is None or not any(True for _ in self.learned.parameters()):
+        if self.learned is None or not any(p.requires_grad for p in self.learned.parameters()):
             return []
         self.learned = register_learned(self, self.name, self.learned)
         return [p for p in self.learned.parameters() if p.requires_grad]
@@ -163,8 +163,8 @@ def inputs(site: Site, value: torch.Tensor) -> torch.Tensor:
 
 def _is_data_of(node: dict, site: Site) -> bool:
     """Whether observed values tell the units of a site apart."""
-    observed = node["is_observed"] and torch.is_tensor(node["value"])
-    return observed and bool(site.plates) and set(site.plates) <= set(plates_of(node))
+    observed = node["is_observed"] and torch.is_tensor(node["value"]) and node["value"].numel()
+    return bool(observed) and bool(site.plates) and set(site.plates) <= set(plates_of(node))
 
 
 def _stack_values(run: Run, nodes: list[dict]) -> torch.Tensor:

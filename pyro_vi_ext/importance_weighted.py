@@ -55,14 +55,14 @@ class ImportanceWeightedELBO(Objective):
     :math:`N/B` under subsampling, which multiplies the logarithm. In expectation the bound is
     below the evidence, rises with K, and does not depend on the size of the minibatch.
 
-    =============  ======================================================================
-    ``gradient``   of the reparameterised draws
-    =============  ======================================================================
-    ``"pathwise"`` the plain derivative; its signal-to-noise ratio for the guide falls as
-                   :math:`1/\sqrt K` (1802.04537)
-    ``"dreg"``     doubly reparameterised: unbiased, its signal-to-noise ratio rises with K
-    ``"stl"``      the density's own term dropped: biased for K > 1, unbiased for K = 1
-    =============  ======================================================================
+    ==============  =====================================================================
+    ``gradient``    of the reparameterised draws
+    ==============  =====================================================================
+    ``"pathwise"``  the plain derivative; its signal-to-noise ratio for the guide falls as
+                    :math:`1/\sqrt K` (1802.04537)
+    ``"dreg"``      doubly reparameterised: unbiased, its signal-to-noise ratio rises with K
+    ``"stl"``       the density's own term dropped: biased for K > 1, unbiased for K = 1
+    ==============  =====================================================================
 
     Draws without ``rsample`` (discrete ones) get the score-function gradient with VIMCO's
     leave-one-out baseline in each case, also mixed with reparameterised draws in one guide. K = 1

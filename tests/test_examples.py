@@ -9,6 +9,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_vi_ext import TraceREBAR_ELBO, TraceRELAX_ELBO
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -149,3 +151,94 @@ def test_deep_vae_grey_levels_become_intervals():
     assert 0 <= x.min() and x.max() < 1
     within = x * 17 - (x * 17).floor()
     assert abs(within.mean() - 0.5) < 4 * within.std() / x.numel() ** 0.5
+
+
+def test_toy_bernoulli(tmp_path, capsys):
+    example = load("toy_bernoulli")
+    argv = (
+        "--targets 0.45 --num-steps 40 --num-seeds 8 --num-repeats 100 --num-points 2 "
+        f"--output {tmp_path}"
+    )
+    rows = example.main(example.parse(argv.split()))
+    out = capsys.readouterr().out
+    with open(tmp_path / "table.csv") as file:
+        table = {row["estimator"]: row for row in csv.DictReader(file)}
+    assert list(table) == list(example.ESTIMATORS) == list(example.STYLES)
+    assert all(row["estimator"] in out for row in rows)
+    assert (tmp_path / "toy_bernoulli.png").stat().st_size > 20_000
+    start = 0.2525  # of theta = 1/2
+    assert all(row["losses"][0].tolist() == pytest.approx([start] * 8) for row in rows)
+    assert all(0.45**2 < row["losses"].min() for row in rows)
+    for name in ("exact gradient", "running mean", "RLOO", "ARM", "DisARM"):
+        assert float(table[name]["loss"]) < start - 4 * float(table[name]["se"])
+    assert float(table["exact gradient"]["se"]) == pytest.approx(0, abs=1e-12)
+
+
+def test_toy_bernoulli_estimates_the_gradient_without_bias():
+    """Also after some steps, where baselines and control variates have learned."""
+    example = load("toy_bernoulli")
+    torch.set_default_dtype(torch.float64)
+    t, logits = torch.tensor(0.45), torch.linspace(-2, 2, 5)
+    args = example.parse("--num-steps 20 --num-seeds 5 --num-points 1 --num-repeats 2".split())
+    for name, (_, make) in example.ESTIMATORS.items():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        objective = make(5)
+        example.learn(objective, t, args)
+        draws = example.gradient_draws(objective, logits, t, 4000)
+        se = draws.std(0) / len(draws) ** 0.5 + 1e-12
+        exact = example.exact_gradient(logits, t)
+        assert ((draws.mean(0) - exact).abs() < 4 * se).all(), name
+        again = []
+        for _ in range(2):  # measuring teaches nothing
+            pyro.set_rng_seed(1)
+            again.append(example.gradient_draws(objective, logits, t, 3))
+        assert torch.equal(*again), name
+        planted = example.exact_gradient(logits, t - 0.05)  # twice the gradient
+        assert ((draws.mean(0) - planted).abs() > 4 * se).any(), name
+
+
+def test_toy_bernoulli_variances_at_one_half():
+    """Of g for f(0) = -t^2 and f(1) = -(1 - t)^2, whose difference is 2 t - 1."""
+    example = load("toy_bernoulli")
+    torch.set_default_dtype(torch.float64)
+    t, logits = torch.tensor(0.499), torch.zeros(4)
+    exact = example.exact_gradient(logits, t)
+    step = (1 - 2 * t) ** 2
+    mean_f = example.expected_loss(logits, t)[0]
+    variances = {
+        "REINFORCE": mean_f**2 / 4,
+        "running mean": mean_f**2 / 4,  # which is zero at first
+        "MuProp": torch.tensor(1 / 64),  # the remainder of f is its curvature
+        "RLOO": step / 16,
+        "ARM": step / 48,
+        "DisARM": torch.tensor(0.0),
+        "exact gradient": torch.tensor(0.0),
+    }
+    assert math.log(variances["REINFORCE"]) == pytest.approx(-math.log(64), abs=1e-4)
+    for name, variance in variances.items():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        objective = example.ESTIMATORS[name][1](4)
+        draws = example.gradient_draws(objective, logits, t, 2000)
+        squares = (draws - exact).square()
+        se = squares.std() / squares.numel() ** 0.5
+        assert abs(squares.mean() - variance) < 4 * se + 1e-12 * variance + 1e-30, name
+    assert example.log(0.0) == -math.inf
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_toy_bernoulli_control_of_no_units_is_rebar(coupled):
+    example = load("toy_bernoulli")
+    torch.set_default_dtype(torch.float64)
+    t, logits, draws = torch.tensor(0.45), torch.linspace(-2, 2, 5), []
+    for objective in (
+        TraceREBAR_ELBO(coupled=coupled),
+        TraceRELAX_ELBO(example.Control(5, 0), coupled=coupled),
+        TraceRELAX_ELBO(example.Control(5, 10), coupled=coupled),
+    ):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        draws.append(example.gradient_draws(objective, logits, t, 100))
+    for other in draws[1:]:
+        assert torch.allclose(other, draws[0], rtol=1e-10, atol=1e-14)
