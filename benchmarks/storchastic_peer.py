@@ -4,18 +4,19 @@
     python benchmarks/discrete.py --data static_mnist.npz --only storchastic
 
 bias: four bits, against enumeration; variance: that of discrete.py; time: of a whole training step.
-What was found of Storchastic, and is shown or worked around here:
+What is wrong in Storchastic, and shown or worked around here:
 
-1. The relaxed draw given a Bernoulli one does not have the law it should: its formula
-   (`conditional_gumbel_rsample`) has log(p) + log(1 + p) where log(p) - log(1 - p) belongs. RELAX
-   and REBAR are biased as soon as the control variate does something. RELAX of one-hot pairs takes
-   another formula, which is right: those rows are its valid ones.
-2. ARM multiplies the gradient of the model's parameters by the number of bits (its score has an
-   event dimension that is summed out last); that of the logits is right.
-3. RELAX learns its control variate from a gradient that is not the variance's: c(z~) is detached
-   where it multiplies the score. Variances are shown before and after learning.
-4. With one draw, post-processing returns single precision (ARM) or booleans (DisARM): converted.
-5. Importing it replaces four functions of torch (`Tensor.to` among them), for our steps as well.
+1. `conditional_gumbel_rsample` for a Bernoulli has log(p) + log(1 + p) where log(p) - log(1 - p)
+   belongs: z~ has the wrong law, and RELAX and REBAR are biased once their control variate does
+   something. One-hot pairs take another formula, which is right: those rows are its valid RELAX.
+2. ARM multiplies the gradient of the model's parameters by the number of bits, since its score is
+   summed over them too late; that of the logits is right. A second cost beside it (the KL
+   divergence, in its example) makes `backward` raise.
+3. RELAX learns c from another gradient than the variance's: c(z~) is detached beside the score,
+   and the variance is that for the probabilities, which saturated bits dominate.
+4. ARM returns single precision and DisARM booleans: converted.
+5. torch 2.13 checks arguments by a function that fails on its tensors: unchecked.
+6. Its RELAX keeps the graph of a step in the gradients it leaves (`create_graph`): dropped.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import itertools
 import math
 import statistics
 import warnings
+from functools import partial
 from importlib.metadata import version
 
 import pyro
@@ -42,7 +44,7 @@ try:
 except ImportError as error:
     raise ImportError("This section needs Storchastic: pip install storchastic==0.3.7") from error
 
-PEER_RATE, OUR_RATE = 1e-3, 1e-2  # learning rate of control variates: its example's, and ours
+PEER_RATE, OUR_RATE = 1e-3, 1e-2  # for control variates: its example's rate, and that of `adapt`
 
 
 def print_storchastic(args, x, valid):
@@ -56,7 +58,7 @@ def print_storchastic(args, x, valid):
 
 @contextlib.contextmanager
 def unvalidated():
-    """torch's own validation off: the form torch 2.13 gives it fails on tensors of Storchastic."""
+    """Inside, torch does not check arguments of distributions."""
     base = torch.distributions.Distribution
     before = base._validate_args
     base.set_default_validate_args(False)
@@ -99,7 +101,10 @@ def peer_toy(method, num_draws, one_hot=False):
     logits, weight = (storch.denote_independent(row, 0, "data") for row in rows)
     draw(method, one_hot, lambda b, *parts: -toy_log_weight(b, *parts), logits, weight)
     storch.backward(update_estimator_params=False)
-    return [-row.grad.detach() * num_draws for row in rows]
+    found = [-row.grad.detach() * num_draws for row in rows]
+    for leaf in (*rows, *method.parameters()):
+        leaf.grad = None
+    return found
 
 
 def our_toy(objective, num_draws):
@@ -122,15 +127,10 @@ def print_bias(args, num_draws=100_000):
     pyro.set_rng_seed(args.seed)
     torch.set_default_dtype(torch.float64)
     weight, pair, methods = torch.tensor(WEIGHT), (len(LOGITS), 2), storch.method
+    peer, ours = partial(partial, peer_toy), partial(partial, our_toy)
 
     def c(b):
         return -toy(b, weight)
-
-    def peer(method, **options):
-        return lambda: peer_toy(method, num_draws, **options)
-
-    def ours(objective):
-        return lambda: our_toy(objective, num_draws)
 
     rows = {
         "storchastic ARM": peer(methods.ARM("z")),
@@ -149,17 +149,14 @@ def print_bias(args, num_draws=100_000):
     print(f"{'':32} {'logits':>8} {'model':>8} {'var':>8}   (above 4: biased)")
     exact = toy_exact()
     for name, gradient in rows.items():
-        gc.collect()
-        found = gradient()
-        scores = [
-            (g.mean(0) - e).abs() / (g.std(0) / math.sqrt(num_draws))
-            for g, e in zip(found, exact, strict=True)
-        ]
-        variance = found[0].var(0).mean()
-        print(
-            f"{name:32} {scores[0].max():8.1f} {scores[1].max():8.1f} {variance:8.3f}", flush=True
-        )
+        found = gradient(num_draws=num_draws)
+        z = [largest_z(g, e) for g, e in zip(found, exact, strict=True)]
+        print("{:32} {:8.1f} {:8.1f} {:8.3f}".format(name, *z, found[0].var(0).mean()), flush=True)
     torch.set_default_dtype(torch.float32)
+
+
+def largest_z(draws, exact):
+    return ((draws.mean(0) - exact).abs() / draws.std(0) * math.sqrt(len(draws))).max()
 
 
 # --- the autoencoder -----------------------------------------------------------------------------
@@ -168,73 +165,59 @@ def print_bias(args, num_draws=100_000):
 class Network(nn.Module):
     """One control variate for both: of z in logit space and the image, zero at first."""
 
-    def __init__(self, data_dim, latent_dim, hidden_dims=(200, 200)):
+    def __init__(self, vae):
         super().__init__()
-        self.body = mlp(data_dim + latent_dim, hidden_dims)
+        self.body = mlp(vae.data_dim + vae.latent_dims[0], (200, 200))
 
     def forward(self, sites, x):
         z = sites["b1"]
         return self.body(torch.cat([z, x.expand(z.shape[:-1] + x.shape[-1:])], -1)).squeeze(-1)
 
 
+def learned_control(objective, vae):
+    """What a TraceRELAX_ELBO has learned: eta f(sigma(z)) + r(z, x)."""
+    constants, network = objective.constants.get("b1"), objective.networks.get("b1")
+
+    def control(sites, x):
+        z = sites["b1"]
+        logits = vae.encoder[0](x - vae.data_mean)
+        f = log_weight(vae, torch.sigmoid(z / constants.temperature), logits, x)
+        x = x.asinh().expand(z.shape[:-1] + x.shape[-1:])
+        return constants.scale * f + network(torch.cat([z, x], -1)).squeeze(-1)
+
+    return control
+
+
 class Control(nn.Module):
-    """c of Storchastic's RELAX: ours, a module of (z, logits, x), at its relaxed draws."""
+    """c of Storchastic's RELAX, of its relaxed draws, from one of ours."""
 
     def __init__(self, control, one_hot):
         super().__init__()
-        self.control, self.one_hot, self.data = control, one_hot, ()
+        self.control, self.one_hot, self.x = control, one_hot, None
 
     def forward(self, relaxed):
         z = storch.deterministic(self._z)(relaxed)
-        return storch.deterministic(lambda *parts: -self.control(*parts))(z, *self.data)
+        return storch.deterministic(lambda z, x: -self.control({"b1": z}, x))(z, self.x)
 
     def _z(self, relaxed):
         return clamp_probs(bits(relaxed, self.one_hot)).logit()  # over its temperature
-
-
-class Ours(nn.Module):
-    """What a TraceRELAX_ELBO has learned: eta f(sigma(z)) + r(z, x), now fixed."""
-
-    def __init__(self, objective, vae):
-        super().__init__()
-        self.vae, self.constants = [vae], objective.constants.get("b1")
-        self.network = objective.networks.get("b1")
-        self.requires_grad_(False)
-
-    def forward(self, z, logits, x):
-        relaxed = torch.sigmoid(z / self.constants.temperature)
-        f = log_weight(self.vae[0], relaxed, logits, x)
-        x = x.asinh().expand(z.shape[:-1] + x.shape[-1:])
-        return self.constants.scale * f + self.network(torch.cat([z, x], -1)).squeeze(-1)
-
-
-class FromNetwork(nn.Module):
-    def __init__(self, vae):
-        super().__init__()
-        self.network = Network(vae.data_dim, vae.latent_dims[0])
-
-    def forward(self, z, logits, x):
-        return self.network({"b1": z}, x)
 
 
 class Peer:
     """The autoencoder with a method of Storchastic.
 
     :param control: c for RELAX; None: ARM.
-    :param one_hot: draw each bit as a one-hot pair.
-    :param likelihood: of log p(x | b) alone: the KL divergence in closed form, as in its example,
-        adds no variance. (As a second cost beside ARM, it makes `backward` raise.)
+    :param likelihood: of log p(x | b) alone: the KL divergence in closed form has no variance.
     """
 
     def __init__(self, vae, control=None, *, one_hot=False, likelihood=False):
         self.vae, self.one_hot, self.likelihood = vae, one_hot, likelihood
         self.control = None if control is None else Control(control, one_hot)
-        relax = control is not None
-        methods = storch.method
-        self.method = methods.RELAX("z", c_phi=self.control) if relax else methods.ARM("z")
-
-    def learned(self):
-        return getattr(self.method, "control_params", [])
+        if control is None:
+            self.method = storch.method.ARM("z")
+        else:
+            self.method = storch.method.RELAX("z", c_phi=self.control)
+        self.learned = getattr(self.method, "control_params", [])
 
     @unvalidated()
     def backward(self, x, logits=None, update=True):
@@ -245,9 +228,14 @@ class Peer:
         else:
             logits = storch.denote_independent(logits, 0, "data")
         if self.control is not None:
-            self.control.data = logits, x
+            self.control.x = x
         draw(self.method, self.one_hot, self._cost, logits, x)
         storch.backward(update_estimator_params=update)
+
+    def clear(self, *leaves):
+        """Drop all gradients, which hold their graph."""
+        for leaf in (*leaves, *self.vae.parameters(), *self.method.parameters()):
+            leaf.grad = None
 
     def _encode(self, x):
         return self.vae.encoder[0](x - self.vae.data_mean)
@@ -260,30 +248,23 @@ class Peer:
 def peer_adapt(peer, x, num_steps, seed, lr):
     """As `adapt` of discrete.py, by Storchastic's own gradient for its control variate."""
     rows = torch.Generator().manual_seed(seed)
-    adam = torch.optim.Adam(peer.learned(), lr=lr)
+    adam = torch.optim.Adam(peer.learned, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
-    for step in range(num_steps):
-        adam.zero_grad()
+    for _ in range(num_steps):
         peer.backward(x[torch.randint(len(x), (BATCH,), generator=rows).to(x.device)])
         adam.step()
         schedule.step()
-        peer.vae.zero_grad()
-        if step % 10 == 0:
-            gc.collect()  # its backward leaves cycles
+        peer.clear()
 
 
 def peer_log_variance(peer, x, num_draws):
     """As `log_variance` of discrete.py."""
-    with torch.no_grad():
-        start = peer._encode(x)
     draws = []
-    for step in range(num_draws):
-        logits = start.clone().requires_grad_()
+    for _ in range(num_draws):
+        logits = peer._encode(x).detach().requires_grad_()
         peer.backward(x, logits, update=False)
         draws.append(logits.grad.detach() * len(x))
-        peer.vae.zero_grad()
-        if step % 10 == 0:
-            gc.collect()
+        peer.clear(logits)
     return summary(torch.stack(draws))
 
 
@@ -297,55 +278,46 @@ def print_variance(args, vae, x, images):
     def show(name, found):
         print("{:44} {:8.2f} {:6.2f}".format(name, *found), flush=True)
 
-    def draws(name):
-        return NUM_DRAWS if name.startswith("RELAX") else 5 * NUM_DRAWS
-
-    def peer(name, rate=None, **options):
+    def peer(name, rate=None, num_draws=NUM_DRAWS, **options):
         pyro.set_rng_seed(args.seed)
         contestant = Peer(vae, **options)
         if rate is not None:
             peer_adapt(contestant, x, args.num_adapt, args.seed, rate)
-        show(f"storchastic {name}", peer_log_variance(contestant, images, draws(name)))
+        show(f"storchastic {name}", peer_log_variance(contestant, images, num_draws))
 
-    def ours(name, objective):
+    def ours(name, objective, num_draws=NUM_DRAWS):
         pyro.set_rng_seed(args.seed)
         adapt(objective, vae, x, args.num_adapt, args.seed)
-        show(f"our {name}", log_variance(objective, vae, images, draws(name)))
+        show(f"our {name}", log_variance(objective, vae, images, num_draws))
         return objective
 
-    peer("ARM")
-    peer("ARM, KL in closed form", likelihood=True)
-    ours("ARM", TraceARM_ELBO())
+    peer("ARM", num_draws=5 * NUM_DRAWS)
+    peer("ARM, KL in closed form", num_draws=5 * NUM_DRAWS, likelihood=True)
+    ours("ARM", TraceARM_ELBO(), num_draws=5 * NUM_DRAWS)
     for one_hot in (False, True):
         kind = "RELAX, one-hot" if one_hot else "RELAX (biased)"
-        peer(f"{kind}, network, new", control=FromNetwork(vae), one_hot=one_hot)
-        for rate in (PEER_RATE, OUR_RATE):
-            control = FromNetwork(vae)
-            peer(f"{kind}, network, {rate:g}", rate, control=control, one_hot=one_hot)
-    ours("RELAX, the same network", network_relax(vae))
+        for rate in (None, PEER_RATE, OUR_RATE):
+            learning = "new" if rate is None else f"{rate:g}"
+            peer(f"{kind}, network, {learning}", rate, control=Network(vae), one_hot=one_hot)
+    ours("RELAX, the same network", TraceRELAX_ELBO(Network(vae), name="peer_network"))
     learned = ours("RELAX", TraceRELAX_ELBO(hidden_dims=(200, 200), name="peer_relax"))
-    peer("RELAX, one-hot, our c as learned", control=Ours(learned, vae), one_hot=True)
-
-
-def network_relax(vae):
-    return TraceRELAX_ELBO(Network(vae.data_dim, vae.latent_dims[0]), name="peer_network")
+    peer("RELAX, one-hot, our c as learned", control=learned_control(learned, vae), one_hot=True)
 
 
 # --- time ----------------------------------------------------------------------------------------
 
 
 def print_time(args, vae, x):
-    controls = {"RELAX": FromNetwork(vae), "RELAX, one-hot": FromNetwork(vae)}
+    network = TraceRELAX_ELBO(Network(vae), name="timed_network")
+    full = TraceRELAX_ELBO(hidden_dims=(200, 200), name="timed_relax")
     steps = {
         "storchastic ARM": peer_step(Peer(vae), x),
         "our ARM": our_step(TraceARM_ELBO(), vae, x),
+        "storchastic RELAX, network": peer_step(Peer(vae, Network(vae)), x),
+        "  one-hot": peer_step(Peer(vae, Network(vae), one_hot=True), x),
+        "our RELAX, the same network": our_step(network, vae, x),
+        "our RELAX": our_step(full, vae, x),
     }
-    for name, control in controls.items():
-        contestant = Peer(vae, control, one_hot="one-hot" in name)
-        steps[f"storchastic {name}, network"] = peer_step(contestant, x)
-    steps["our RELAX, the same network"] = our_step(network_relax(vae), vae, x)
-    full = TraceRELAX_ELBO(hidden_dims=(200, 200), name="timed_relax")
-    steps["our RELAX"] = our_step(full, vae, x)
     times = {name: [] for name in steps}
     for _ in range(args.num_rounds):
         for name, step in steps.items():
@@ -367,25 +339,21 @@ def print_time(args, vae, x):
 
 
 def peer_step(peer, x):
-    adam = torch.optim.Adam([*peer.vae.parameters(), *peer.learned()], lr=0.0)
-
-    def step():
-        adam.zero_grad()
-        peer.backward(x)
-        adam.step()
-
-    step()
-    return step
+    return training_step([*peer.vae.parameters(), *peer.learned], partial(peer.backward, x))
 
 
 def our_step(objective, vae, x):
     module = objective(vae.model, vae.guide)
-    module(x)
-    adam = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.0)
+    module(x)  # makes what is learned
+    return training_step(module.parameters(), lambda: module(x).backward())
+
+
+def training_step(parameters, backward):
+    adam = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=0.0)
 
     def step():
         adam.zero_grad()
-        module(x).backward()
+        backward()
         adam.step()
 
     step()
@@ -403,7 +371,6 @@ def draw(method, one_hot, cost, logits, *data):
         b = method(torch.distributions.OneHotCategorical(probs=pairs))
     else:
         b = method(torch.distributions.Bernoulli(probs=p))
-
     b = storch.deterministic(lambda b, p: bits(b, one_hot).to(p.dtype))(b, p)
     storch.add_cost(storch.deterministic(cost)(b, logits, *data), "cost")
 

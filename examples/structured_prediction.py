@@ -8,7 +8,7 @@ for the upper half u and the lower half x; the proposal is the prior given u, so
 a baseline from; TraceRLOO_ELBO(2), of the same bound, is trained beside it.
 
     python examples/structured_prediction.py [--data static_mnist.npz] [--num-draws 1 5 50]
-        [--num-steps 500] [--device cpu] [--seed 0]
+        [--num-steps 400] [--device cpu] [--seed 0]
 
 prints a table and writes to runs/structured_prediction/: table.csv and structured_prediction.png.
 Without --data: the handwritten digits of scikit-learn, binarised once.
@@ -162,7 +162,7 @@ def plot(rows, test, shape, args, path):
     figure, axes = plt.subplots(
         1,
         len(widths),
-        figsize=(0.45 * sum(widths) + 1.0, 0.5 * len(upper) + 1.2),
+        figsize=(0.5 * sum(widths) + 1.0, 0.5 * len(upper) + 0.6),
         width_ratios=widths,
         layout="constrained",
     )
@@ -212,7 +212,7 @@ def draw_bounds(ax, rows):
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("nats per lower half (± 2 se)")
     ax.grid(axis="x", color="0.9")
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    ax.legend(frameon=False, loc="lower left", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -222,7 +222,7 @@ def parse(argv=None):
     add("--data", help="static_mnist.npz; scikit-learn's digits without it")
     add("--num-draws", type=int, nargs="+", default=[1, 5, 50], help="m, one after another")
     add("--latent-dims", type=int, nargs="+", help="layers of draws; 240 240, or 60 60 for digits")
-    add("--num-steps", type=int, default=500, help="of each network")
+    add("--num-steps", type=int, default=400, help="of each network")
     add("--batch-size", type=int, default=100)
     add("--lr", type=float, default=0.003, help="of Adam")
     add("--num-images", type=int, default=300, help="evaluated, of each set")

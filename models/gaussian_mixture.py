@@ -168,11 +168,12 @@ def gaussian_mixture_labels(
     .. math:: q(z) = \prod_i \mathrm{Categorical}\big(z_i;\ \mathrm{softmax}(\ell_i)\big)
 
     It takes the arguments of the model with ``marginalize=False`` (those not named here have no
-    effect) and draws the site ``"z"`` in the plate ``"data"``. The logits are the parameter ``"z_logits"``, shape (N, K), of
-    the dtype of `x`, 0 at first. Beside it the other sites need a guide (see the example). Given
-    the parameters of the mixture, the best logits are
-    :math:`\log \pi_k + \log \mathcal N(x_i; \mu_k, \Sigma_k)` up to a constant for each point: the
-    family has the exact posterior of the labels.
+    effect) and draws the site ``"z"`` in the plate ``"data"``. The logits are the parameter
+    ``"z_logits"``, shape (N, K), of the dtype of `x`, 0 unless it exists: with a symmetric start
+    all components are pulled to the middle, so set it before the first call, say from k-means. The
+    other sites need a guide of their own (see the example). Given the parameters of the mixture,
+    the best logits are :math:`\log \pi_k + \log \mathcal N(x_i; \mu_k, \Sigma_k)` up to a constant
+    for each point: the family has the exact posterior of the labels.
 
     Args:
         x: points, shape (N, D).

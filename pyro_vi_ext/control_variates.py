@@ -35,6 +35,7 @@ __all__ = [
     "mlp",
     "one_per_unit",
     "own_control",
+    "slopes_at",
 ]
 
 
@@ -121,6 +122,15 @@ class _undisturbed:
 
     def __exit__(self, *error):
         self._fork.__exit__(*error)
+
+
+def slopes_at(
+    c: torch.Tensor, points: Sequence[torch.Tensor], train: bool
+) -> Sequence[torch.Tensor]:
+    """The gradient of c at each point; zero for a c that does not depend on z, a baseline."""
+    if not c.requires_grad:
+        return [torch.zeros_like(z) for z in points]
+    return torch.autograd.grad(c.sum(), points, create_graph=train, materialize_grads=True)
 
 
 def mlp(num_inputs: int, hidden_dims: Sequence[int], nonlinearity=nn.ReLU) -> nn.Sequential:

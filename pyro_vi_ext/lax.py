@@ -25,6 +25,7 @@ from pyro_vi_ext.control_variates import (
     inputs,
     mlp,
     own_control,
+    slopes_at,
 )
 from pyro_vi_ext.discrete import Site, stacked
 from pyro_vi_ext.paths import Detached, is_reparameterized
@@ -115,7 +116,7 @@ class TraceLAX_ELBO(ControlledObjective):
             values = [trace.nodes[site.name]["value"] for trace in run.paths.drawn]
             z = site.value.requires_grad_()
             c = self._control(site, z)
-            (slope,) = torch.autograd.grad(c.sum(), z, create_graph=bool(learned))
+            (slope,) = slopes_at(c, [z], bool(learned))
             residual = site.signal - c
             outputs += [site.log_q, stacked(run, values, site.event_dim)]
             cotangents += [residual.expand_as(site.log_q), slope]

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from pyro_vi_ext.branches import Relaxing, branch, descendants
-from pyro_vi_ext.control_variates import ControlledObjective, SiteModules
+from pyro_vi_ext.control_variates import ControlledObjective, SiteModules, slopes_at
 from pyro_vi_ext.discrete import Site
 from pyro_vi_ext.leave_one_out import without_mean_of_others
 from pyro_vi_ext.relaxations import relaxation_of
@@ -103,7 +103,7 @@ class RelaxedControl(ControlledObjective):
             points.append(free.detach().requires_grad_())
         with torch.enable_grad():
             c = self.control(run, site, points)
-        slopes = _slopes(c, points, train)
+        slopes = slopes_at(c, points, train)
         path = ((free * slopes[-1]) - (given_b * slopes[0])).sum()
         (path,) = torch.autograd.grad(path, logits, create_graph=train, retain_graph=True)
         log_q = relaxation.linear_log_prob(logits, b).sum()
@@ -112,13 +112,6 @@ class RelaxedControl(ControlledObjective):
         if self.leave_one_out:
             residual = without_mean_of_others(residual, run)
         return site.per_variable(residual) * score + path
-
-
-def _slopes(c: torch.Tensor, points: Sequence[torch.Tensor], train: bool) -> Sequence[torch.Tensor]:
-    """The gradient of c at each point; zero for a c that does not depend on z, a baseline."""
-    if not c.requires_grad:
-        return [torch.zeros_like(z) for z in points]
-    return torch.autograd.grad(c.sum(), points, create_graph=train, materialize_grads=True)
 
 
 def _sum_to(tensor: torch.Tensor, shape) -> torch.Tensor:

@@ -10,10 +10,12 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
+from pyro_vi_ext import TraceREBAR_ELBO, TraceRLOO_ELBO, gradient_report
 from pyro_vi_ext.models.gaussian_mixture import (
     IRIS_FEATURES,
     GaussianMixture,
     gaussian_mixture,
+    gaussian_mixture_labels,
     load_iris,
     to_mixture,
 )
@@ -105,6 +107,36 @@ def test_explicit_labels_add_up_to_the_marginal():
     assert torch.stack(joint, -1).allclose(to_mixture(**values).log_joint(x), rtol=1e-10)
 
 
+def test_one_hot_labels_have_the_density_of_the_labels_to_the_last_bit():
+    # Also of a point so far from the others that 1e-16 of another component would show.
+    x = torch.cat([points(), torch.tensor([[200.0, -300.0]])])
+    values, options = draw(x, 3), {"marginalize": False}
+    for k in range(3):
+        z = torch.full((13,), k)
+        hot = {**values, "z": torch.nn.functional.one_hot(z, 3).to(x)}
+        one = trace_at({**values, "z": z}, x, 3, **options).nodes
+        many = trace_at(hot, x, 3, one_hot=True, **options).nodes
+        assert torch.equal(one["x"]["log_prob"], many["x"]["log_prob"])
+        assert one["z"]["log_prob"].allclose(many["z"]["log_prob"], rtol=1e-13)
+
+
+def test_relaxed_labels_interpolate_and_have_a_gradient():
+    x, values = points(), draw(points(), 3)
+    z = torch.rand(12, 3).softmax(-1).requires_grad_()
+    with pyro.validation_enabled(False):
+        fn = trace_at({**values, "z": z}, x, 3, marginalize=False, one_hot=True).nodes["x"]["fn"]
+    mixture = to_mixture(**values)
+    assert fn.loc.allclose(z @ mixture.means)
+    assert fn.scale_tril.allclose((z @ mixture.scale_trils.flatten(1)).unflatten(-1, (2, 2)))
+
+    def log_prob(z):
+        with pyro.validation_enabled(False):
+            nodes = trace_at({**values, "z": z}, x, 3, marginalize=False, one_hot=True).nodes
+        return nodes["x"]["log_prob"]
+
+    assert torch.autograd.gradcheck(log_prob, z)
+
+
 @pytest.mark.parametrize("num_components, num_features", [(1, 2), (3, 1), (1, 1), (2, 4)])
 def test_edge_sizes(num_components, num_features):
     x = points(9, num_features)
@@ -130,10 +162,13 @@ def test_sites_follow_the_dtype_of_x(dtype, marginalize):
 # --- particles and subsampling -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("marginalize", [True, False])
+@pytest.mark.parametrize("marginalize, one_hot", [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("subsample_size", [None, 5])
-def test_particles_among_others_have_the_density_they_have_alone(marginalize, subsample_size):
-    x, options = points(), {"marginalize": marginalize, "subsample_size": subsample_size}
+def test_particles_among_others_have_the_density_they_have_alone(
+    marginalize, one_hot, subsample_size
+):
+    options = {"marginalize": marginalize, "one_hot": one_hot, "subsample_size": subsample_size}
+    x = points()
     with pyro.plate("particles", 7, dim=-2):
         many = poutine.trace(gaussian_mixture).get_trace(x, 3, **options)
     many.compute_log_prob()
@@ -158,17 +193,19 @@ def test_svi_with_vectorised_particles_and_an_autoguide():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
+@pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("vectorized", [False, True])
-def test_enumerated_labels_give_the_marginal_elbo(vectorized):
+def test_enumerated_labels_give_the_marginal_elbo(vectorized, one_hot):
     x = points()
     guide = AutoNormal(poutine.block(gaussian_mixture, hide=["z"]), init_scale=0.3)
     guide(x, 3)
     options = {"num_particles": 7, "vectorize_particles": vectorized, "max_plate_nesting": 1}
     losses = []
-    for loss, marginalize in ((TraceEnum_ELBO, False), (Trace_ELBO, True)):
+    labelled = {"marginalize": False, "one_hot": one_hot}
+    for loss, labels in ((TraceEnum_ELBO, labelled), (Trace_ELBO, {})):
         pyro.set_rng_seed(1)
         model = config_enumerate(gaussian_mixture)
-        losses.append(loss(**options).loss(model, guide, x, 3, marginalize=marginalize))
+        losses.append(loss(**options).loss(model, guide, x, 3, **labels))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
@@ -207,6 +244,75 @@ def test_hidden_observations_are_drawn(marginalize):
     shifted = GaussianMixture(mixture.weights, mixture.means + 0.1, mixture.covariances)
     gain = mixture.log_evidence(x) - shifted.log_evidence(x)
     assert gain.mean() > 4 * gain.std() / n**0.5
+
+
+# --- the guide of the labels ---------------------------------------------------------------------
+
+
+def given(values):
+    """The model of the labels, at given parameters."""
+    return poutine.block(poutine.condition(gaussian_mixture, values), hide=list(values))
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_labels_guide_has_the_elbo_of_its_responsibilities(one_hot):
+    x, options = points(), {"marginalize": False, "one_hot": one_hot}
+    values = draw(x, 3)
+    log_joint = to_mixture(**values).log_joint(x)
+    pyro.param("z_logits", torch.randn(12, 3))
+    q = pyro.param("z_logits").detach().softmax(-1)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss
+    pair = (given(values), config_enumerate(gaussian_mixture_labels))
+    want = (q * (log_joint - q.log())).sum().item()
+    assert -loss(*pair, x, 3, **options) == pytest.approx(want, rel=1e-12)
+    with torch.no_grad():  # the best logits: the bound is the evidence
+        pyro.param("z_logits").copy_(log_joint + 5.0)
+    want = to_mixture(**values).log_evidence(x).sum().item()
+    assert -loss(*pair, x, 3, **options) == pytest.approx(want, rel=1e-12)
+
+
+def test_labels_guide_keeps_the_logits_of_a_point_in_a_minibatch():
+    x = points()
+    pyro.param("z_logits", torch.randn(12, 3))
+    trace = poutine.trace(gaussian_mixture_labels).get_trace(x, 3, subsample_size=4)
+    index, site = trace.nodes["data"]["value"], trace.nodes["z"]
+    want = pyro.param("z_logits").detach()[index].log_softmax(-1)
+    assert site["scale"] == 3.0 and site["fn"].logits.allclose(want)
+
+
+@pytest.mark.parametrize("objective", [TraceRLOO_ELBO, TraceREBAR_ELBO])
+def test_gradients_for_the_labels_are_those_of_enumeration(objective):
+    x = points()
+    report = gradient_report(
+        [objective(50)],
+        given(draw(x, 3)),
+        gaussian_mixture_labels,
+        x,
+        3,
+        marginalize=False,
+        one_hot=True,
+        num_repeats=60,
+        progress=False,
+    )
+    (row,) = report.rows
+    assert report.exact and row.max_z < 4.5  # of 36 coordinates
+
+
+def test_labels_and_parameters_are_trained_together():
+    x = torch.cat([points(30) - 8.0, points(30) + 8.0])
+    parameters = AutoNormal(poutine.block(gaussian_mixture, hide=["z"]), init_scale=0.05)
+
+    def guide(*args, **kwargs):
+        parameters(*args, **kwargs)
+        gaussian_mixture_labels(*args, **kwargs)
+
+    pyro.param("z_logits", torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat_interleave(30, 0))
+    svi = SVI(gaussian_mixture, guide, pyro.optim.Adam({"lr": 0.05}), TraceREBAR_ELBO())
+    options = {"marginalize": False, "one_hot": True}
+    losses = [svi.step(x, 2, **options) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    found = pyro.param("z_logits").argmax(-1)
+    assert found[:30].eq(found[0]).all() and found[30:].eq(1 - found[0]).all()
 
 
 # --- Iris --------------------------------------------------------------------------------------
@@ -318,6 +424,7 @@ def test_mean_field_fit_of_iris_finds_the_three_species(x):
         ((torch.zeros(3), 2), {}, r'site "x".*\(N, D\), found \(3,\)'),
         ((torch.tensor([[0.0], [float("nan")]]), 2), {}, 'site "x".*found nan at row 1, column 0'),
         ((torch.tensor([[0.0], [float("inf")]]), 2), {}, 'site "x".*found inf at row 1, column 0'),
+        ((torch.randn(5, 2), 2), {"one_hot": True}, "one_hot=True.*give marginalize=False"),
         ((torch.randn(5, 2), 0), {}, "num_components must be an integer >= 1, got 0"),
         ((torch.randn(5, 2), 2.0), {}, "num_components must be an integer"),
         ((torch.full((9, 1), 0.1), 2), {}, r"scale must be positive.*\[0.0\].*constant"),

@@ -23,15 +23,17 @@ X = 0.8
 
 def bits(logits, y=lambda b: b):
     """One bit for each logit, and x of each."""
-    plate = pyro.plate("data", logits.shape[-1])
+
+    def plate():
+        return pyro.plate("data", logits.shape[-1])
 
     def model():
-        with plate:
+        with plate():
             b = pyro.sample("b", dist.Bernoulli(0.3))
             pyro.sample("x", dist.Normal(y(b), 0.5), obs=torch.full(logits.shape, X))
 
     def guide():
-        with plate:
+        with plate():
             pyro.sample("b", dist.Bernoulli(logits=logits))
 
     return model, guide

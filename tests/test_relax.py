@@ -20,16 +20,18 @@ X = 0.8
 
 def bits(logits, fn=lambda logits: dist.Bernoulli(logits=logits), prior=0.0):
     """One draw for each row of logits, and x of each."""
-    plate = pyro.plate("data", logits.shape[0])
+
+    def plate():
+        return pyro.plate("data", logits.shape[0])
 
     def model(*args, **kwargs):
-        with plate:
+        with plate():
             b = pyro.sample("b", fn(torch.full_like(logits, prior)))
             loc = b if logits.dim() == 1 else b @ torch.arange(1.0, 4.0)
             pyro.sample("x", dist.Normal(loc, 0.5), obs=torch.full(logits.shape[:1], X))
 
     def guide(*args, **kwargs):
-        with plate:
+        with plate():
             pyro.sample("b", fn(logits))
 
     return model, guide
