@@ -246,7 +246,7 @@ class Peer:
 
 
 def peer_adapt(peer, x, num_steps, seed, lr):
-    """As `adapt` of discrete.py, by Storchastic's own gradient for its control variate."""
+    """As `adapt` of discrete.py, by Storchastic's own gradient."""
     rows = torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam(peer.learned, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
@@ -258,7 +258,6 @@ def peer_adapt(peer, x, num_steps, seed, lr):
 
 
 def peer_log_variance(peer, x, num_draws):
-    """As `log_variance` of discrete.py."""
     draws = []
     for _ in range(num_draws):
         logits = peer._encode(x).detach().requires_grad_()

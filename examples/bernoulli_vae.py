@@ -116,6 +116,7 @@ def train(name, x, args):
     vae = BernoulliVAE(x.shape[1], *SIZES[args.layers], data_mean=x.mean(0)).to(args.device)
     module = OBJECTIVES[name][1]()(vae.model, vae.guide)
     module(x[:size])  # makes what the objective learns, so that the optimizer has it
+    pyro.set_rng_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)  # of its own: no objective disturbs it
     loader = DataLoader(x, batch_size=size, shuffle=True, drop_last=True, generator=order)
     times = []

@@ -162,7 +162,7 @@ def plot(rows, test, shape, args, path):
     figure, axes = plt.subplots(
         1,
         len(widths),
-        figsize=(0.5 * sum(widths) + 1.0, 0.5 * len(upper) + 0.6),
+        figsize=(0.5 * sum(widths) + 1.0, 0.5 * len(upper) + 1.0),
         width_ratios=widths,
         layout="constrained",
     )

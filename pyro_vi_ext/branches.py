@@ -15,9 +15,12 @@ import copy
 from collections.abc import Callable, Sequence
 
 import pyro
+import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 
 from pyro_vi_ext.discrete import stacked
 from pyro_vi_ext.paths import draws
@@ -66,20 +69,43 @@ def branch(
     new.vectorized = run.vectorized or (copies > 1 and run.vectorize_mixing)
     held = _held(run, set(given), copies)
     values = {name: value.flatten(0, 1) for name, value in given.items()} | held
+    only_model = copies == 1 and _are_last(run, set(given))
     parts = [values] if new.vectorized else _separate(run, values, copies * num)
     new.pairs = []
     with broadcasting(new.vectorized) if relaxing is None else _relaxed(given):
-        for part in parts:
+        for k, part in enumerate(parts):
             around = [Substitute(part), *new._around({})]
             if relaxing is not None:
                 around.insert(0, relaxing())
-            new.pairs.append(trace_pair(run.model, run.guide, run.args, run.kwargs, *around))
+            if only_model:
+                guide_trace = _replaced(run.pairs[k].guide, {n: part[n] for n in given}, around[0])
+                new.pairs.append(run.model_at(guide_trace, *around))
+            else:
+                new.pairs.append(trace_pair(run.model, run.guide, run.args, run.kwargs, *around))
         scored = [pair_terms(new, pair) for pair in new.pairs]
-    if held and is_validation_enabled():
-        _check_held(run, [pair.guide for pair in new.pairs], held, copies)
-        if relaxing is not None:
+    if is_validation_enabled() and not only_model:
+        _check_held(run, [pair.guide for pair in new.pairs], held, list(given), copies)
+        if relaxing is not None and held:
             _check_at_other_values(run, list(given), held)
     return Branch(new, [[*part.model, *part.guide.values()] for part in scored])
+
+
+def _are_last(run: Run, changed: set[str]) -> bool:
+    """Whether nothing in the guide comes after the changed draws: it need not run again."""
+    names = list(latent_sites(run.pairs[0].guide))
+    effectful = isinstance(poutine.unwrap(run.guide), GuideMessenger)
+    return not effectful and set(names[-len(changed) :]) == changed
+
+
+def _replaced(guide_trace: Trace, values: dict, outermost: Messenger) -> Trace:
+    """The guide's trace with other values of its last draws, relaxed if the branch is."""
+    trace = guide_trace.copy()
+    for name, value in values.items():
+        node = trace.nodes[name] = {**trace.nodes[name], "value": value}
+        node.pop("drawn_log_prob", None)
+        if isinstance(outermost, Relaxing):
+            node["fn"] = LinearDensity.of(node["fn"])
+    return trace
 
 
 def _held(run: Run, changed: set[str], copies: int) -> dict[str, torch.Tensor]:
@@ -215,25 +241,36 @@ def _check_at_other_values(run: Run, changed: list[str], held: dict) -> None:
                 values[name] = b.roll(shift, -1) if relaxation.event_dim else 1 - b
             with torch.random.fork_rng(), torch.no_grad():
                 guides.append(run.guide_at(values))
-        _check_held(run, guides, held, 1)
+        _check_held(run, guides, held, changed, 1)
     run.structure.checked.add(key)
 
 
 @torch.no_grad()
-def _check_held(run: Run, guides: list, held: dict, copies: int) -> None:
-    """What does not depend on the changed draws has the density it had.
+def _check_held(run: Run, guides: list, held: dict, changed, copies: int) -> None:
+    """What does not depend on the changed draws has the density it had, and so have they.
 
     :param guides: the guide's traces at the changed draws.
 
     :raises ValueError: naming a site of which this is not true.
     """
-    for name in draws(run.pairs[0].guide):
-        if name not in held:
+    before_guides = [pair.guide for pair in run.pairs]
+    for name in draws(before_guides[0]):
+        if name not in held and name not in changed:
             continue
-        before = stacked(run, [site_log_prob(pair.guide.nodes[name]) for pair in run.pairs])
-        after = stacked(run, [site_log_prob(guide.nodes[name]) for guide in guides])
+        before = stacked(run, [site_log_prob(guide.nodes[name]) for guide in before_guides])
         before = before.expand((run.num_particles,) + before.shape[1:])
         before = before.repeat((copies,) + (1,) * (before.dim() - 1))
+        values = [guide.nodes[name]["value"].detach() for guide in before_guides]
+        if len(guides) == 1:  # all particles in one
+            values = [stacked(run, values, before_guides[0].nodes[name]["fn"].event_dim)]
+            values = [values[0].repeat((copies,) + (1,) * (values[0].dim() - 1))]
+        after = stacked(
+            run,
+            [
+                site_log_prob(guide.nodes[name], value=values[k % len(values)])
+                for k, guide in enumerate(guides)
+            ],
+        )
         rounding = 10 * torch.finfo(before.dtype).eps ** 0.5 * (1 + before.abs())
         if not bool(((before - after).abs() <= rounding).all()):
             raise ValueError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from pyro_vi_ext.branches import Relaxing, branch
+from pyro_vi_ext.control_variates import slopes_at
 from pyro_vi_ext.discrete import DiscreteObjective, Site
 from pyro_vi_ext.rebar import relaxable
 from pyro_vi_ext.run import Run
@@ -82,7 +83,7 @@ class TraceMuProp_ELBO(DiscreteObjective):
             field = branch(
                 run, {site.name: center.unsqueeze(0)}, 1, lambda: Relaxing(names, _mean)
             ).signal(site)[0]
-        (slope,) = torch.autograd.grad(field.sum(), center)
+        (slope,) = slopes_at(field, [center], False)
         linear = site.per_unit(slope * (site.value - mean.detach()))
         residual = site.signal - field.detach() - linear
         return (residual * site.log_q).sum() + (slope * mean).sum()

@@ -19,7 +19,6 @@ from torch import nn
 from pyro_vi_ext.control_variates import (
     ControlledObjective,
     SiteModules,
-    as_module,
     context,
     mlp,
     one_per_unit,
@@ -52,8 +51,8 @@ class TraceNVIL_ELBO(ControlledObjective):
     :param name: name of the learned parts in Pyro's parameter store; default: the class's.
     :param max_plate_nesting: see :class:`~pyro_vi_ext.objective.Objective`.
     :param vectorize_particles: see :class:`~pyro_vi_ext.objective.Objective`.
-    :raises ValueError: for a decay out of range; if a baseline returns another shape than one
-        value per unit.
+    :raises ValueError: for a decay out of range; for a baseline that cannot be called, or returns
+        another shape than one value per unit.
 
     Reference: A. Mnih and K. Gregor, *Neural Variational Inference and Learning in Belief
     Networks*, ICML 2014, arXiv:1402.0030.
@@ -90,9 +89,14 @@ class TraceNVIL_ELBO(ControlledObjective):
         super().__init__(num_particles, **options)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay!r}.")
+        if baseline is not None and not callable(baseline):
+            raise ValueError(
+                "baseline must be a module or function of the arguments of model and guide, got "
+                f"{type(baseline).__name__}."
+            )
         self.hidden_dims, self.decay, self.baseline = tuple(hidden_dims), decay, baseline
         self.means, self.networks = SiteModules(), SiteModules()
-        own = None if baseline is None else as_module(baseline)
+        own = baseline if isinstance(baseline, nn.Module) else None
         self.learned = self.networks if baseline is None else own
 
     def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:

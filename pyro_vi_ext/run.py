@@ -28,6 +28,7 @@ from pyro_vi_ext.tracing import (
     TracePair,
     broadcasting,
     latent_sites,
+    replay_pair,
     sample_sites,
     signature,
     trace_guide,
@@ -136,6 +137,10 @@ class Run:
         """The guide again, of all particles (or of one, if sequential), at the given values."""
         with broadcasting(self.vectorized):
             return trace_guide(self.guide, self.args, self.kwargs, *self._around(values))
+
+    def model_at(self, guide_trace: Trace, *messengers) -> TracePair:
+        """The model replayed against a trace of the guide, inside messengers."""
+        return replay_pair(self.model, guide_trace, self.args, self.kwargs, *messengers)
 
     def outer_plate(self, name: str, size: int) -> OuterPlate:
         """A plate left of all the model's plates."""

@@ -126,6 +126,11 @@ def trace_pair(model, guide, args, kwargs, *messengers, tap=None, show=None) -> 
         _score_flows(guide_trace)
     if show is not None:
         guide_trace = show(guide_trace)
+    return replay_pair(model, guide_trace, args, kwargs, *messengers)
+
+
+def replay_pair(model, guide_trace, args, kwargs, *messengers) -> TracePair:
+    """A guide's trace, and the model replayed against it inside messengers."""
     model_trace = trace_inside(model, args, kwargs, ReplayMessenger(guide_trace), *messengers)
     return TracePair(guide_trace, model_trace)
 

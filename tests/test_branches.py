@@ -335,3 +335,37 @@ def test_states_are_all_that_changes():
         if torch.is_tensor(value):
             assert torch.equal(run.pairs[0].guide.nodes[name]["value"], value)
     assert indices == dict(run.subsample.indices) and len(run.pairs) == 1
+
+
+@pytest.mark.parametrize("objective", [TraceDisARM_ELBO, TraceREBAR_ELBO])
+def test_dropout_above_a_chain_is_an_error(objective):
+    def guide():
+        p = pyro.param("p", torch.full((20,), 0.3))
+        a = pyro.sample("a", dist.Bernoulli(F.dropout(p, 0.5)).to_event(1))
+        pyro.sample("b", dist.Bernoulli(0.2 + 0.5 * a[..., :1]).to_event(1))
+
+    def model():
+        for name, size in (("a", 20), ("b", 1)):
+            pyro.sample(name, dist.Bernoulli(torch.full((size,), 0.4)).to_event(1))
+
+    with pytest.raises(ValueError, match="site 'a' depends on an earlier.*dropout"):
+        objective().loss_and_grads(model, guide)
+
+
+def test_the_guide_runs_once_where_nothing_comes_after_the_draw():
+    calls = []
+
+    def guide():
+        calls.append(1)
+        p = pyro.param("p", torch.full((3,), 0.3))
+        pyro.sample("a", dist.Bernoulli(p).to_event(1))
+
+    def model():
+        a = pyro.sample("a", dist.Bernoulli(torch.full((3,), 0.4)).to_event(1))
+        pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    for objective in (TraceDisARM_ELBO(2), TraceREBAR_ELBO(2)):
+        objective.loss_and_grads(model, guide)
+        calls.clear()
+        objective.loss_and_grads(model, guide)
+        assert len(calls) == 1
