@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pyro.infer.elbo import ELBOModule
 from torch.nn.parameter import is_lazy
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -202,6 +203,9 @@ def find_modules(**roots) -> dict[str, torch.nn.Module]:
         if isinstance(thing, torch.nn.Module):
             seen.update(id(module) for module in thing.modules())
             found[name] = thing
+            for path, module in thing.named_modules():
+                if isinstance(module, ELBOModule):  # its objective may have modules
+                    visit(f"{name}.{path}.elbo" if path else f"{name}.elbo", module.elbo)
             return
         for key, child in _children(thing):
             visit(f"{name}.{key}", child)

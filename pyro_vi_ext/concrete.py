@@ -45,8 +45,10 @@ class TraceConcrete_ELBO(Objective):
 
     in nats, by its path; densities and notation as in the module docstring. Every Bernoulli and
     OneHotCategorical latent of model and guide is relaxed, here, without a change to either. The
-    gradient has low variance, and is biased for the discrete model, the more so the higher the
-    temperature; the loss is not a bound on its evidence. Evaluate with
+    gradient has low variance, and is biased for the discrete model; the loss is not a bound on its
+    evidence. A lower temperature lessens the bias as a rule, but not to zero: at equal temperatures
+    the divergence of relaxed draws from their prior is that of the logits with noise,
+    whatever :math:`\lambda`, and more than that of the discrete ones. Evaluate with
     ``Trace_ELBO``, ``ImportanceWeightedELBO`` or ``log_evidence``, which keep draws hard.
 
     Values shown to the model lie strictly inside the unit interval or the simplex.

@@ -66,7 +66,11 @@ class GradientRow:
 
     @property
     def looks_biased(self) -> bool | None:
-        """Whether ``max_z`` would be as large in less than one of 10,000 unbiased estimators."""
+        """Whether ``max_z`` would be as large in less than one of 10,000 unbiased estimators.
+
+        That holds for means that are close to normal. If the gradient depends on values so rare
+        that they were hardly drawn, the variance is underestimated: repeat with more draws.
+        """
         if self.max_z is None:
             return None
         return self.num_parameters * math.erfc(self.max_z / math.sqrt(2)) < 1e-4
@@ -100,10 +104,10 @@ class GradientReport:
             f"  {'':{width}}  {'loss':>10} {'se':>8} {'variance':>10} {'bias':>9} {'of noise':>9} "
             f"{'max |z|':>8} {'ms/step':>8} {'cost':>6}",
         ]
-        least = min(row.cost for row in self.rows)
+        least = min((row.cost for row in self.rows if row.cost > 0), default=math.nan)
         for row in self.rows:
             bias, z = ("-", "-") if row.bias is None else (f"{row.bias:.3g}", f"{row.max_z:.1f}")
-            relative = row.cost / least if least > 0 else math.nan
+            relative = row.cost / least
             lines.append(
                 f"  {row.name:{width}}  {row.loss:10.4f} {row.loss_standard_error:8.4f} "
                 f"{row.variance:10.4g} {bias:>9} {row.bias_standard_error:9.3g} {z:>8} "

@@ -263,7 +263,7 @@ class ModuleTrainer(Trainer):
 
     def set_up(self, args, kwargs):
         """Create all parameters, then the optimizer."""
-        with undisturbed(self.modules), torch.no_grad(), poutine.trace(param_only=True) as capture:
+        with undisturbed(self.modules), poutine.trace(param_only=True) as capture:
             self.target(*args, **kwargs)
         self._record(capture)
         if self.optimizer is None:

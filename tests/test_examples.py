@@ -1,33 +1,14 @@
 """Every example runs end to end, small."""
 
 import csv
-import importlib.util
 import math
-import pathlib
 
 import pyro
 import pytest
 import torch
+from running import load, restored  # noqa: F401
 
 from pyro_vi_ext import TraceREBAR_ELBO, TraceRELAX_ELBO
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    local = pyro.settings.get("module_local_params")
-    yield
-    pyro.settings.set(module_local_params=local)
-    torch.set_default_dtype(torch.float32)
-    pyro.clear_param_store()
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_negative_binomial(tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_a_site_that_is_masked_out_has_gradient_zero(vectorized):
     assert not gradient(objective, logits, *hidden).any()
 
 
-# --- by definition ---------------------------------------------------------------------------------
+# --- by definition -------------------------------------------------------------------------------
 
 
 def linear(logits, b):
@@ -148,7 +148,7 @@ def test_a_slope_without_its_mean_is_rejected(monkeypatch):
     assert deviation(problem, TraceMuProp_ELBO()) > 6
 
 
-# --- variance --------------------------------------------------------------------------------------
+# --- variance ------------------------------------------------------------------------------------
 
 
 def test_lower_variance_than_the_score_function_on_a_quadratic():
@@ -164,7 +164,7 @@ def test_lower_variance_than_the_score_function_on_a_quadratic():
     assert variances[0] < 0.1 * variances[1]
 
 
-# --- refusals --------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from .test_trace_score import X, leaves, log_densities, pair
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-# --- by definition ---------------------------------------------------------------------------------
+# --- by definition -------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -97,7 +97,7 @@ def test_a_baseline_that_sees_its_own_draw_is_rejected(monkeypatch):
     assert deviation(problem, TraceNVIL_ELBO(hidden_dims=(5,))) > 6
 
 
-# --- running means ---------------------------------------------------------------------------------
+# --- running means -------------------------------------------------------------------------------
 
 
 def test_running_means_are_corrected_for_their_start():
@@ -169,7 +169,7 @@ def test_a_checkpoint_keeps_means_and_networks(when, tmp_path):
     assert saved["by_site.'b'.weight"].item() == pytest.approx(1 - 0.9**STEPS)
 
 
-# --- baselines of one's own ------------------------------------------------------------------------
+# --- baselines of one's own ----------------------------------------------------------------------
 
 
 class Quadratic(nn.Module):
@@ -276,7 +276,7 @@ def test_decay_must_be_below_one(decay):
         TraceNVIL_ELBO(decay=decay)
 
 
-# --- variance --------------------------------------------------------------------------------------
+# --- variance ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [False, True])

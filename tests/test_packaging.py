@@ -82,7 +82,7 @@ def _twice(path):
 
 
 def test_every_example_is_run_by_a_test():
-    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_examples.py"))
+    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_examples*.py"))
     for example in (ROOT / "examples").glob("*.py"):
         assert example.stem in tests, f"{example.name} is in no test"
 
