@@ -73,7 +73,7 @@ class ControlledObjective(DiscreteObjective):
         given = dict(grad_outputs=cotangents, create_graph=True, allow_unused=True)
         gradient = torch.autograd.grad(outputs, leaves, **given)
         rest = [None] * len(leaves)
-        if pathwise.requires_grad:
+        if torch.is_tensor(pathwise) and pathwise.requires_grad:
             rest = torch.autograd.grad(pathwise, leaves, retain_graph=True, allow_unused=True)
         total, square = 0.0, 0.0
         for leaf, own, other in zip(leaves, gradient, rest, strict=True):
