@@ -28,8 +28,7 @@ __all__ = ["TraceARM_ELBO", "TraceDisARM_ELBO"]
 
 
 class _Antithetic(DiscreteObjective):
-    def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
-        total = 0.0
+    def prepare(self, sites: list[Site]) -> None:
         for site in sites:
             if site.relaxation is not BERNOULLI:
                 raise NotImplementedError(
@@ -37,6 +36,10 @@ class _Antithetic(DiscreteObjective):
                     f"{type(self).__name__} takes Bernoulli sites only. Use TraceRLOO_ELBO, which "
                     "takes any distribution, or TraceREBAR_ELBO (OneHotCategorical)."
                 )
+
+    def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
+        total = 0.0
+        for site in sites:
             with torch.no_grad():
                 gradient = self._gradient(site)
             total = total + (gradient * site.logits).sum() / run.num_particles

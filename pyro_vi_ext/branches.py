@@ -28,7 +28,14 @@ from pyro_vi_ext.relaxations import LinearDensity, relaxation_of
 from pyro_vi_ext.roles import guide_roles
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import Term, pair_terms, site_log_prob
-from pyro_vi_ext.tracing import Substitute, broadcasting, latent_sites, signature, trace_pair
+from pyro_vi_ext.tracing import (
+    Substitute,
+    broadcasting,
+    latent_sites,
+    sample_sites,
+    signature,
+    trace_pair,
+)
 
 __all__ = ["Branch", "Relaxing", "branch", "descendants"]
 
@@ -48,6 +55,10 @@ class Branch:
         signal = site.signal_of(self.run, self.rows)
         signal = signal.expand((self.run.num_particles,) + signal.shape[1:])
         return signal.reshape((-1, site.run.num_particles) + signal.shape[1:])
+
+    def total(self, site) -> torch.Tensor:
+        """Its terms, each once: what to differentiate."""
+        return site.total_of(self.run, self.rows)
 
 
 def branch(
@@ -92,7 +103,7 @@ def branch(
 
 def _are_last(run: Run, changed: set[str]) -> bool:
     """Whether nothing in the guide comes after the changed draws: it need not run again."""
-    names = list(latent_sites(run.pairs[0].guide))
+    names = list(sample_sites(run.pairs[0].guide))  # factors too
     effectful = isinstance(poutine.unwrap(run.guide), GuideMessenger)
     return not effectful and set(names[-len(changed) :]) == changed
 

@@ -134,7 +134,7 @@ class TraceConcrete_ELBO(Objective):
 
 
 def _positive(name: str, value: float) -> float:
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, got {value!r}.")
     return float(value)
 
@@ -152,6 +152,7 @@ class _Drawn:
 
     def __init__(self):
         self._by_id: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.names: set[str] = set()  # sites of the guide
 
     def add(self, value: torch.Tensor, y: torch.Tensor) -> None:
         self._by_id[id(value)] = (value, y)  # keeps v, so that no other tensor takes its id
@@ -173,6 +174,10 @@ class _Relax(Messenger):
             return
         if getattr(fn, "has_rsample", False) or isinstance(fn, Concrete):
             return
+        if self.draws:
+            self.drawn.names.add(msg["name"])
+        elif msg["name"] not in self.drawn.names:
+            return  # a point mass in the guide
         inner, mask = split_mask({**msg, "mask": None})
         relaxation, logits = relaxation_of(inner)
         if relaxation is None or not relaxation.relaxes_value:

@@ -15,17 +15,25 @@ For guide parameters :math:`\phi`, an unbiased estimate :math:`g` of the gradien
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import pyro
+import pyro.poutine as poutine
 import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import nn
 
 from pyro_vi_ext.discrete import DiscreteObjective, Site, stacked
 from pyro_vi_ext.learned import graph_leaves, register_learned
+from pyro_vi_ext.roles import TrackSites
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import plates_of
-from pyro_vi_ext.tracing import sample_sites
+from pyro_vi_ext.tracing import sample_sites, signature, trace_inside
 
 __all__ = [
+    "Control",
     "ControlledObjective",
     "SiteModules",
     "as_module",
@@ -49,6 +57,14 @@ class ControlledObjective(DiscreteObjective):
         super().__init__(num_particles, **options)
         self.name = type(self).__name__ if name is None else name
         self.learned: nn.Module | None = None
+
+    def prepare(self, sites: list[Site]) -> None:
+        for site in sites:
+            self.prepare_site(site)
+        self.register()
+
+    def prepare_site(self, site: Site) -> None:
+        """Refuse a site, or make its learned parts if it is new."""
 
     def register(self) -> list[nn.Parameter]:
         """Hand the learned parts to Pyro; the parameters that are trained."""
@@ -109,7 +125,7 @@ class SiteModules(nn.Module):
 
 def _key(name: str) -> str:
     """A name that a module may have: no dots, and nothing that ``ModuleDict`` has already."""
-    return "'" + name.replace(".", "/") + "'"
+    return "'" + name.replace("%", "%25").replace(".", "%2E") + "'"
 
 
 class _undisturbed:
@@ -124,13 +140,33 @@ class _undisturbed:
         self._fork.__exit__(*error)
 
 
+@dataclass
+class Control:
+    r"""A control variate at C values of z.
+
+    :ivar values: in nats, one for each unit: (C, J, \*batch).
+    :ivar total: the sum of its parts, each once, a scalar: a part that several units share is in
+        the value of each, but its derivative for the draw of one of them counts once.
+    """
+
+    values: torch.Tensor
+    total: torch.Tensor
+
+    def __add__(self, other: Control) -> Control:
+        return Control(self.values + other.values, self.total + other.total)
+
+    def scaled(self, scale: torch.Tensor) -> Control:
+        """Times a number."""
+        return Control(self.values * scale, self.total * scale)
+
+
 def slopes_at(
-    c: torch.Tensor, points: Sequence[torch.Tensor], train: bool
+    total: torch.Tensor, points: Sequence[torch.Tensor], train: bool
 ) -> Sequence[torch.Tensor]:
-    """The gradient of c at each point; zero for a c that does not depend on z, a baseline."""
-    if not c.requires_grad:
+    """The derivative of :attr:`Control.total` at each point; zero if it does not depend on z."""
+    if not total.requires_grad:
         return [torch.zeros_like(z) for z in points]
-    return torch.autograd.grad(c.sum(), points, create_graph=train, materialize_grads=True)
+    return torch.autograd.grad(total, points, create_graph=train, materialize_grads=True)
 
 
 def mlp(num_inputs: int, hidden_dims: Sequence[int], nonlinearity=nn.ReLU) -> nn.Sequential:
@@ -157,24 +193,51 @@ def context(site: Site) -> torch.Tensor | None:
             break
         if set(plates_of(node)) <= set(site.plates):
             parts.append(_stack_values(run, [trace.nodes[name] for trace in guides]))
+    independent = independent_data(run)
     for name, node in sample_sites(models[0]).items():
-        if _is_data_of(node, site):
+        if name in independent and _is_data_of(node, site):
             values = _stack_values(run, [trace.nodes[name] for trace in models])
             parts.append(values.nan_to_num().asinh())  # masked, perhaps; of any size
-    parts = [features(value, site) for value in parts]
+    parts = [features(value, site).to(site.log_q.dtype) for value in parts]
     return _concatenated(parts) if parts else None
+
+
+def independent_data(run: Run) -> set[str]:
+    """The observed sites of the model whose values do not depend on a latent.
+
+    Read off one run of the model; where that is impossible, none.
+    """
+    trace = run.pairs[0].model
+    key, known = ("data", signature(trace)), run.structure.chains
+    if key not in known:
+        around = [ReplayMessenger(run.pairs[0].guide), *run._around({}), TrackSites()]
+        try:
+            with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+                with poutine.block():
+                    tracked = trace_inside(run.model, run.args, run.kwargs, *around)
+        except Exception:  # a model that cannot be followed
+            known[key] = set()
+        else:
+            nodes = sample_sites(tracked).items()
+            known[key] = {
+                n for n, s in nodes if s["is_observed"] and not get_provenance(s["value"])
+            }
+    return known[key]
 
 
 def inputs(site: Site, value: torch.Tensor) -> torch.Tensor:
     r"""A value of the site beside its :func:`context`: (J, \*batch, features)."""
     known, value = context(site), features(value, site)
+    value = value.to(site.log_q.dtype)
     return value if known is None else _concatenated([value, known])
 
 
 def _is_data_of(node: dict, site: Site) -> bool:
-    """Whether observed values tell the units of a site apart."""
-    observed = node["is_observed"] and torch.is_tensor(node["value"]) and node["value"].numel()
-    return bool(observed) and bool(site.plates) and set(site.plates) <= set(plates_of(node))
+    """Whether observed values are those of a unit, of a number that is the same in every call."""
+    if not torch.is_tensor(node["value"]) or not node["value"].numel():
+        return False
+    plates = set(plates_of(node))
+    return set(site.plates) <= plates and bool(site.plates or not plates)
 
 
 def _stack_values(run: Run, nodes: list[dict]) -> torch.Tensor:
@@ -219,24 +282,60 @@ def as_module(control_variate) -> nn.Module | None:
     return control_variate if isinstance(control_variate, nn.Module) else None
 
 
-def own_control(control_variate, site: Site, z: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    r"""A user's control variate at one value of a site: (J, \*batch).
+def own_control(
+    control_variate, site: Site, points: Sequence[torch.Tensor], names: Sequence[str]
+) -> Control:
+    r"""A user's control variate at values of a site.
 
-    :param z: (J, \*batch, \*event), perhaps with a dimension of categories.
+    :param points: each (J, \*batch, \*event), perhaps with a dimension of categories.
     :param names: the scored sites, in the order of the guide.
-    :raises ValueError: if it does not return one value per unit.
+    :raises ValueError: if it does not return one value per unit, or mixes units.
     """
-    run, values = site.run, []
+    parts = [_own_control(control_variate, site, z, names) for z in points]
+    return Control(torch.stack([c for c, _ in parts]), sum(total for _, total in parts))
+
+
+def _own_control(control_variate, site: Site, z: torch.Tensor, names) -> tuple:
+    run, values, total = site.run, [], 0.0
     for j, pair in enumerate(run.pairs):
         nodes = pair.guide.nodes
         known = {name: nodes[name]["value"].detach() for name in names[: names.index(site.name)]}
         node = nodes[site.name]
         own = z if run.vectorized else z[j]
         trailing = z.shape[z.dim() - site.num_extra_dims :] if site.num_extra_dims else ()
-        known[site.name] = own.reshape(node["value"].shape + trailing)
+        own = known[site.name] = own.reshape(node["value"].shape + trailing)
         value = control_variate(known, *run.args, **run.kwargs)
         values.append(one_per_unit(value, node, "control variate"))
-    return stacked(run, values)
+        total = total + value.sum()
+        if is_validation_enabled():
+            _check_units(run, value, own, node)
+    return stacked(run, values), total
+
+
+def _check_units(run: Run, value: torch.Tensor, own: torch.Tensor, node: dict) -> None:
+    """The control variate of a unit depends on that unit's draw alone; checked once for a site.
+
+    :raises ValueError: if it does not: its derivative could not be told from the others'.
+    """
+    key = ("units", node["name"], signature(run.pairs[0].guide))
+    if key in run.structure.checked or not value.requires_grad or not own.requires_grad:
+        return
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(2, value.shape, generator=generator) * 2 - 1).to(value)
+    options = dict(retain_graph=True, materialize_grads=True)
+    (alone,) = torch.autograd.grad(value.sum(), own, **options)
+    (signed,) = torch.autograd.grad((value * signs).sum(), own, **options)
+    batch_dim = len(node["fn"].batch_shape)
+    signs = signs.reshape((1,) * (batch_dim - signs.dim()) + signs.shape)
+    signs = signs.reshape(signs.shape + (1,) * (own.dim() - batch_dim))
+    error = (signed - signs * alone).abs().max()
+    if not bool(error <= 1e-4 * (alone.abs().max() + signed.abs().max())):
+        raise ValueError(
+            f"The control variate's value for one unit of site '{node['name']}' depends on the "
+            "draws of other units, which biases the gradient. Let the value of a unit be a "
+            "function of its own draw, or sum over the units and return one value that broadcasts."
+        )
+    run.structure.checked.add(key)
 
 
 def one_per_unit(value, node: dict, what: str) -> torch.Tensor:

@@ -45,9 +45,10 @@ class DiscreteObjective(Objective):
         rows = [[*part.model, *part.guide.values()] for part in scored]
         terms = [term for row in rows for term in row]
         bound = linear_bound(terms, run)
+        sites = self.sites(run, rows)
+        self.prepare(sites)
         if not torch.is_grad_enabled():
             return Estimate(-bound, terms=terms)
-        sites = self.sites(run, rows)
         own = {site.name for site in sites}
         pathwise = linear_bound([t for t in terms if t.sign > 0 or t.name not in own], run)
         learned = [site for site in sites if site.log_q.requires_grad]
@@ -60,6 +61,9 @@ class DiscreteObjective(Objective):
         :param sites: the draws without a path whose distributions have parameters to learn.
         :param pathwise: the scalar with the rest of the gradient, to which this is added.
         """
+
+    def prepare(self, sites: list[Site]) -> None:
+        """Refuse sites, and make what is learned of new ones; also in calls without gradients."""
 
     def is_scored(self, site: dict) -> bool:
         """Whether a drawn site of the guide belongs to :meth:`surrogate`."""
@@ -128,11 +132,26 @@ class Site:
 
     def signal_of(self, run: Run, rows: Sequence[Sequence[Term]]) -> torch.Tensor:
         """:math:`f_i` of any run of the pair: (particles, \\*batch), with gradients."""
+        signals = [learning_signal(row, self.plates) for row in self._kept(run, rows)]
+        return stacked(run, signals)
+
+    def total_of(self, run: Run, rows: Sequence[Sequence[Term]]) -> torch.Tensor:
+        r"""The terms of :meth:`signal_of`, each once: a scalar.
+
+        A term outside a plate of the site is in the signal of every unit of that plate. The
+        derivative of each unit's signal for its own draw is that of this sum, since the units of a
+        plate are independent.
+        """
+        return sum(
+            term.sign * (term.log_prob * term.scale).sum()
+            for row in self._kept(run, rows)
+            for term in row
+        )
+
+    def _kept(self, run: Run, rows: Sequence[Sequence[Term]]) -> list[list[Term]]:
         order = list(run.pairs[0].guide.nodes)
         later = set(order[order.index(self.name) :])
-        kept = [[t for t in row if t.sign > 0 or t.name in later] for row in rows]
-        signals = [learning_signal(row, self.plates) for row in kept]
-        return stacked(run, signals)
+        return [[t for t in row if t.sign > 0 or t.name in later] for row in rows]
 
     @cached_property
     def _relaxation(self) -> tuple[Relaxation | None, torch.Tensor | None]:

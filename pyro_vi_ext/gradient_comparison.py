@@ -65,6 +65,11 @@ class GradientRow:
         return self.variance * self.seconds
 
     @property
+    def efficiency(self) -> float:
+        """One over :attr:`cost`."""
+        return 1 / self.cost if self.cost > 0 else math.inf
+
+    @property
     def looks_biased(self) -> bool | None:
         """Whether ``max_z`` would be as large in less than one of 10,000 unbiased estimators.
 
@@ -93,8 +98,14 @@ class GradientReport:
         return next(row for row in self.rows if row.name == name)
 
     def best(self) -> GradientRow:
-        """The least cost among those that do not look biased."""
-        return min((r for r in self.rows if not r.looks_biased), key=lambda row: row.cost)
+        """The least cost among those that do not look biased.
+
+        :raises ValueError: if all do.
+        """
+        unbiased = [row for row in self.rows if not row.looks_biased]
+        if not unbiased:
+            raise ValueError("Every objective of this report looks biased.")
+        return min(unbiased, key=lambda row: row.cost)
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
@@ -206,6 +217,7 @@ def gradient_report(
     num_repeats = positive_int("num_repeats", num_repeats, 2)
     num_training = positive_int("num_training", num_training, 0)
     named = _named(objectives)
+    _check_differentiable(named)
     subsample = SharedSubsample()
     pair = (subsample(model), subsample(guide))
     exact, leaves = None, None
@@ -239,6 +251,16 @@ def _named(objectives) -> dict:
     if not result:
         raise ValueError("objectives is empty: pass at least one, such as TraceRLOO_ELBO(2).")
     return result
+
+
+def _check_differentiable(named: dict) -> None:
+    for name, objective in named.items():
+        if not hasattr(objective, "differentiable_loss"):
+            raise ValueError(
+                f"Objective '{name}' has no differentiable_loss (Pyro's TraceGraph_ELBO and "
+                "RenyiELBO have none). Use TraceScore_ELBO or TraceRLOO_ELBO, or "
+                "ImportanceWeightedELBO, in their place."
+            )
 
 
 def _guide_leaves(loss: Tensor, pair, args, kwargs) -> list[Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pyro_vi_ext.control_variates import (
+    Control,
     ControlledObjective,
     SiteModules,
     as_module,
@@ -98,16 +99,17 @@ class TraceLAX_ELBO(ControlledObjective):
     def _run(self, *args, **options) -> Run:
         return super()._run(*args, paths=Detached(), **options)
 
+    def prepare_site(self, site: Site) -> None:
+        if not is_reparameterized(site.nodes[0]):
+            raise NotImplementedError(
+                f"Guide site '{site.name}' ({type(site.nodes[0]['fn']).__name__}) is not "
+                "reparameterised, so z has no path to the control variate. Use "
+                "TraceRELAX_ELBO, which is made for discrete draws."
+            )
+        if self.control_variate is None:
+            self._network(site)
+
     def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
-        for site in sites:
-            if not is_reparameterized(site.nodes[0]):
-                raise NotImplementedError(
-                    f"Guide site '{site.name}' ({type(site.nodes[0]['fn']).__name__}) is not "
-                    "reparameterised, so z has no path to the control variate. Use "
-                    "TraceRELAX_ELBO, which is made for discrete draws."
-                )
-            if self.control_variate is None:
-                self._network(site)
         learned = self.register()
         if not sites:
             return 0.0
@@ -116,8 +118,8 @@ class TraceLAX_ELBO(ControlledObjective):
             values = [trace.nodes[site.name]["value"] for trace in run.paths.drawn]
             z = site.value.requires_grad_()
             c = self._control(site, z)
-            (slope,) = slopes_at(c, [z], bool(learned))
-            residual = site.signal - c
+            (slope,) = slopes_at(c.total, [z], bool(learned))
+            residual = site.signal - c.values[0]
             outputs += [site.log_q, stacked(run, values, site.event_dim)]
             cotangents += [residual.expand_as(site.log_q), slope]
         cotangents = [cotangent / run.num_particles for cotangent in cotangents]
@@ -125,11 +127,12 @@ class TraceLAX_ELBO(ControlledObjective):
         outputs, cotangents = [outputs[k] for k in used], [cotangents[k] for k in used]
         return self.combine(outputs, cotangents, pathwise, learned)
 
-    def _control(self, site: Site, z: torch.Tensor) -> torch.Tensor:
+    def _control(self, site: Site, z: torch.Tensor) -> Control:
         if self.control_variate is None:
-            return self._network(site)(inputs(site, z)).squeeze(-1)
+            c = self._network(site)(inputs(site, z)).squeeze(-1)
+            return Control(c.unsqueeze(0), c.sum())
         names = [other.name for other in self.sites(site.run, site.rows)]
-        return own_control(self.control_variate, site, z, names)
+        return own_control(self.control_variate, site, [z], names)
 
     def _network(self, site: Site) -> nn.Module:
         def make():

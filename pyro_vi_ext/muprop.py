@@ -62,9 +62,7 @@ class TraceMuProp_ELBO(DiscreteObjective):
     [-0.3211, -0.3211, -0.3211]
     """
 
-    def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
-        if not sites:
-            return 0.0
+    def prepare(self, sites: list[Site]) -> None:
         for site in sites:
             if site.relaxation is None or not site.relaxation.relaxes_value:
                 raise NotImplementedError(
@@ -72,6 +70,8 @@ class TraceMuProp_ELBO(DiscreteObjective):
                     "to expand around. Use Bernoulli or OneHotCategorical, or TraceRLOO_ELBO, "
                     "which takes any distribution."
                 )
+
+    def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
         return sum(self._site(run, site) for site in sites) / run.num_particles
 
     def _site(self, run: Run, site: Site) -> torch.Tensor:
@@ -80,10 +80,11 @@ class TraceMuProp_ELBO(DiscreteObjective):
         center = mean.detach().expand_as(site.value).clone().requires_grad_()
         with torch.enable_grad():
             names = list(relaxable(run, site))
-            field = branch(
+            at_mean = branch(
                 run, {site.name: center.unsqueeze(0)}, 1, lambda: Relaxing(names, _mean)
-            ).signal(site)[0]
-        (slope,) = slopes_at(field, [center], False)
+            )
+            field, total = at_mean.signal(site)[0], at_mean.total(site)
+        (slope,) = slopes_at(total, [center], False)
         linear = site.per_unit(slope * (site.value - mean.detach()))
         residual = site.signal - field.detach() - linear
         return (residual * site.log_q).sum() + (slope * mean).sum()

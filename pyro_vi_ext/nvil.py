@@ -99,18 +99,18 @@ class TraceNVIL_ELBO(ControlledObjective):
         own = baseline if isinstance(baseline, nn.Module) else None
         self.learned = self.networks if baseline is None else own
 
+    def prepare_site(self, site: Site) -> None:
+        known = context(site) if self.baseline is None else None
+        if known is not None:
+            self._network(site, known)
+
     def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
-        known = {}
-        for site in sites:
-            known[site.name] = context(site) if self.baseline is None else None
-            if known[site.name] is not None:
-                self._network(site, known[site.name])
-        self.register()
         total = 0.0
         for site in sites:
+            known = context(site) if self.baseline is None else None
             mean = self.means.at(site, RunningMean)
             centred = site.signal - mean.value
-            predicted = self._predict(site, known[site.name])
+            predicted = self._predict(site, known)
             total = total + ((centred - predicted.detach()) * site.log_q).sum()
             if predicted.requires_grad:
                 total = total - (centred - predicted).square().sum()

@@ -26,13 +26,14 @@ they are one number with two derivatives: one evaluation of c and of its gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from pyro_vi_ext.branches import Relaxing, branch, descendants
-from pyro_vi_ext.control_variates import ControlledObjective, SiteModules, slopes_at
+from pyro_vi_ext.control_variates import Control, ControlledObjective, SiteModules, slopes_at
 from pyro_vi_ext.discrete import Site
 from pyro_vi_ext.leave_one_out import without_mean_of_others
 from pyro_vi_ext.relaxations import relaxation_of
@@ -58,25 +59,22 @@ class RelaxedControl(ControlledObjective):
             raise ValueError("leave_one_out=True needs num_particles >= 2.")
         self.coupled, self.leave_one_out = coupled, leave_one_out
 
-    def control(self, run: Run, site: Site, points: Sequence[torch.Tensor]) -> torch.Tensor:
-        r"""The control variate at relaxed values of a site, (C, J, \*batch), in nats.
+    def control(self, run: Run, site: Site, points: Sequence[torch.Tensor]) -> Control:
+        r"""The control variate at relaxed values of a site.
 
         :param points: C values of z, each (J, \*batch, \*event), in logit space.
         """
         raise NotImplementedError
 
-    def prepare(self, run: Run, site: Site) -> None:
-        """Make the learned parts of a site, if it is new."""
+    def prepare_site(self, site: Site) -> None:
+        if site.relaxation is None:
+            raise NotImplementedError(
+                f"Guide site '{site.name}' is a {type(site.nodes[0]['fn']).__name__}, which "
+                "has no relaxation here. Use Bernoulli, OneHotCategorical or Categorical, or "
+                "TraceRLOO_ELBO, which takes any distribution."
+            )
 
     def surrogate(self, run: Run, sites: list[Site], pathwise) -> torch.Tensor | float:
-        for site in sites:
-            if site.relaxation is None:
-                raise NotImplementedError(
-                    f"Guide site '{site.name}' is a {type(site.nodes[0]['fn']).__name__}, which "
-                    "has no relaxation here. Use Bernoulli, OneHotCategorical or Categorical, or "
-                    "TraceRLOO_ELBO, which takes any distribution."
-                )
-            self.prepare(run, site)
         learned = self.register()
         if not sites:
             return 0.0
@@ -103,12 +101,12 @@ class RelaxedControl(ControlledObjective):
             points.append(free.detach().requires_grad_())
         with torch.enable_grad():
             c = self.control(run, site, points)
-        slopes = slopes_at(c, points, train)
+        slopes = slopes_at(c.total, points, train)
         path = ((free * slopes[-1]) - (given_b * slopes[0])).sum()
         (path,) = torch.autograd.grad(path, logits, create_graph=train, retain_graph=True)
         log_q = relaxation.linear_log_prob(logits, b).sum()
         (score,) = torch.autograd.grad(log_q, logits)
-        residual = site.signal - (c if train else c.detach())[0]
+        residual = site.signal - (c.values if train else c.values.detach())[0]
         if self.leave_one_out:
             residual = without_mean_of_others(residual, run)
         return site.per_variable(residual) * score + path
@@ -181,13 +179,14 @@ class TraceREBAR_ELBO(RelaxedControl):
         **options,
     ):
         super().__init__(num_particles, **options)
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
         self.temperature, self.scale, self.learn = float(temperature), float(scale), learn
         self.learned = self.constants = SiteModules()
 
-    def prepare(self, run: Run, site: Site) -> None:
-        for name, relaxes in relaxable(run, site).items():
+    def prepare_site(self, site: Site) -> None:
+        super().prepare_site(site)
+        for name, relaxes in relaxable(site.run, site).items():
             if not relaxes:
                 raise NotImplementedError(
                     f"Site '{name}' cannot take relaxed values. Use Bernoulli or "
@@ -200,9 +199,9 @@ class TraceREBAR_ELBO(RelaxedControl):
         """Temperature and scale of a site."""
         return self.constants.at(site, lambda: Constants(self.temperature, self.scale, self.learn))
 
-    def control(self, run: Run, site: Site, points: Sequence[torch.Tensor]) -> torch.Tensor:
-        scale = self.constants_of(site).scale
-        return scale * relaxed_signal(run, site, points, self._temperature)
+    def control(self, run: Run, site: Site, points: Sequence[torch.Tensor]) -> Control:
+        relaxed = relaxed_signal(run, site, points, self._temperature)
+        return relaxed.scaled(self.constants_of(site).scale)
 
     def _temperature(self, name: str) -> torch.Tensor | float:
         constants = self.constants.get(name)
@@ -238,8 +237,8 @@ def relaxable(run: Run, site: Site) -> dict[str, bool]:
 
 def relaxed_signal(
     run: Run, site: Site, points: Sequence[torch.Tensor], temperature: Callable
-) -> torch.Tensor:
-    r"""The log-weight a site can influence at relaxed values: (C, J, \*batch), in nats.
+) -> Control:
+    r"""The log-weight a site can influence at relaxed values.
 
     Later draws are drawn again, relaxed, with the same noise for all C values.
 
@@ -260,4 +259,4 @@ def relaxed_signal(
         return relaxation.relax(z, temperature(name))
 
     result = branch(run, {site.name: values}, len(points), lambda: Relaxing(names, draw))
-    return result.signal(site)
+    return Control(result.signal(site), result.total(site))

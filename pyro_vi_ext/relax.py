@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from pyro_vi_ext.control_variates import (
+    Control,
     SiteModules,
     as_module,
     inputs,
@@ -27,7 +28,7 @@ from pyro_vi_ext.control_variates import (
     own_control,
 )
 from pyro_vi_ext.discrete import Site
-from pyro_vi_ext.rebar import TraceREBAR_ELBO, relaxable
+from pyro_vi_ext.rebar import RelaxedControl, TraceREBAR_ELBO, relaxable
 from pyro_vi_ext.run import Run
 
 __all__ = ["TraceRELAX_ELBO"]
@@ -124,19 +125,21 @@ class TraceRELAX_ELBO(TraceREBAR_ELBO):
         else:
             self.learned = as_module(control_variate)
 
-    def prepare(self, run: Run, site: Site) -> None:
+    def prepare_site(self, site: Site) -> None:
+        RelaxedControl.prepare_site(self, site)
         if self.control_variate is not None:
             return
-        if all(relaxable(run, site).values()):
+        if all(relaxable(site.run, site).values()):
             self.constants_of(site)
         self._network(site)
 
-    def control(self, run: Run, site: Site, points: Sequence[torch.Tensor]) -> torch.Tensor:
+    def control(self, run: Run, site: Site, points: Sequence[torch.Tensor]) -> Control:
         if self.control_variate is not None:
             names = [other.name for other in self.sites(run, site.rows)]
-            return torch.stack([own_control(self.control_variate, site, z, names) for z in points])
+            return own_control(self.control_variate, site, points, names)
         network = self._network(site)
-        c = torch.stack([network(inputs(site, z)).squeeze(-1) for z in points])
+        r = torch.stack([network(inputs(site, z)).squeeze(-1) for z in points])
+        c = Control(r, r.sum())
         if all(relaxable(run, site).values()):
             c = c + super().control(run, site, points)
         return c

@@ -174,10 +174,15 @@ def relaxation_of(fn) -> tuple[Relaxation | None, torch.Tensor | None]:
     if getattr(base, "has_rsample", False):  # already relaxed, or straight-through
         return None, None
     if isinstance(base, torch.distributions.OneHotCategorical):
-        return ONE_HOT, base.logits.expand(shape)
+        return ONE_HOT, _finite(base.logits).expand(shape)
     if isinstance(base, torch.distributions.Categorical):
-        return CATEGORICAL, base.logits.expand(shape + base.logits.shape[-1:])
+        return CATEGORICAL, _finite(base.logits).expand(shape + base.logits.shape[-1:])
     return None, None
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of categories that are excluded are -inf, whose multiples by 0 are NaN."""
+    return logits.clamp(min=-1e30)
 
 
 class LinearDensity(TorchDistribution):

@@ -25,7 +25,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch.distributions import Distribution, biject_to
 
-__all__ = ["GuideRoles", "guide_roles"]
+__all__ = ["GuideRoles", "TrackSites", "guide_roles"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def is_delta(site: dict) -> bool:
     return isinstance(fn, Delta)
 
 
-class _TrackSites(Messenger):
+class TrackSites(Messenger):
     """Marks the value of every stochastic site with the site's name (direct dependence only)."""
 
     def _pyro_post_sample(self, msg):
@@ -101,7 +101,7 @@ def guide_roles(guide, args=(), kwargs=None, supports=None, subsample=None) -> G
         dimension (no change of variables).
     """
     with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
-        with poutine.block(), _TrackSites(), subsample or nullcontext():
+        with poutine.block(), TrackSites(), subsample or nullcontext():
             trace = poutine.trace(guide).get_trace(*args, **(kwargs or {}))
         sites = {
             name: site
