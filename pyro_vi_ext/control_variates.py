@@ -15,6 +15,7 @@ For guide parameters :math:`\phi`, an unbiased estimate :math:`g` of the gradien
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyro
@@ -27,6 +28,7 @@ from torch import nn
 
 from pyro_vi_ext.discrete import DiscreteObjective, Site, stacked
 from pyro_vi_ext.learned import graph_leaves, register_learned
+from pyro_vi_ext.objective import Estimate
 from pyro_vi_ext.roles import TrackSites
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import plates_of
@@ -57,6 +59,23 @@ class ControlledObjective(DiscreteObjective):
         super().__init__(num_particles, **options)
         self.name = type(self).__name__ if name is None else name
         self.learned: nn.Module | None = None
+
+    def estimate(self, run: Run) -> Estimate:
+        if not torch.is_grad_enabled():
+            self._set_up(run)
+        return super().estimate(run)
+
+    def _set_up(self, run: Run) -> None:
+        """Make what is learned in a first call without gradients, so that optimizers see it."""
+        key = ("set up", signature(run.pairs[0].guide))
+        if key in run.structure.checked:
+            return
+        run.structure.checked.add(key)
+        with torch.random.fork_rng(), torch.enable_grad(), poutine.block(hide_types=["sample"]):
+            again = run.again()
+            sites = [site for site in self.sites(again, []) if site.log_q.requires_grad]
+            with suppress(NotImplementedError):  # without a gradient any site will do
+                self.prepare(sites)
 
     def prepare(self, sites: list[Site]) -> None:
         for site in sites:

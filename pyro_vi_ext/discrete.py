@@ -45,13 +45,13 @@ class DiscreteObjective(Objective):
         rows = [[*part.model, *part.guide.values()] for part in scored]
         terms = [term for row in rows for term in row]
         bound = linear_bound(terms, run)
-        sites = self.sites(run, rows)
-        self.prepare(sites)
         if not torch.is_grad_enabled():
             return Estimate(-bound, terms=terms)
+        sites = self.sites(run, rows)
         own = {site.name for site in sites}
         pathwise = linear_bound([t for t in terms if t.sign > 0 or t.name not in own], run)
         learned = [site for site in sites if site.log_q.requires_grad]
+        self.prepare(learned)
         return Estimate(-bound, -(pathwise + self.surrogate(run, learned, pathwise)), terms)
 
     @abc.abstractmethod
@@ -63,7 +63,7 @@ class DiscreteObjective(Objective):
         """
 
     def prepare(self, sites: list[Site]) -> None:
-        """Refuse sites, and make what is learned of new ones; also in calls without gradients."""
+        """Refuse sites, and make what is learned of new ones."""
 
     def is_scored(self, site: dict) -> bool:
         """Whether a drawn site of the guide belongs to :meth:`surrogate`."""

@@ -133,6 +133,22 @@ class Run:
         plate = [self.outer_plate(PARTICLE_PLATE, self.num_particles)] if self.vectorized else []
         return [*known, *plate, self.subsample]
 
+    def again(self) -> Run:
+        """Another evaluation on the same subsample."""
+        return Run(
+            self.structure,
+            self.model,
+            self.guide,
+            self.args,
+            self.kwargs,
+            num_particles=self.num_particles,
+            vectorized=self.vectorized,
+            vectorize_mixing=self.vectorize_mixing,
+            subsample=self.subsample,
+            mixing=self._mixing,
+            check_alone=self._check_alone,
+        )
+
     def guide_at(self, values: dict) -> Trace:
         """The guide again, of all particles (or of one, if sequential), at the given values."""
         with broadcasting(self.vectorized):

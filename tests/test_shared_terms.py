@@ -238,15 +238,6 @@ def test_excluded_categories(make):
     assert bool(((draws.mean(0) - stock.mean(0)).abs() <= 4 * error + 1e-12).all())
 
 
-@pytest.mark.parametrize("make", [TraceARM_ELBO, TraceREBAR_ELBO, TraceMuProp_ELBO, TraceLAX_ELBO])
-def test_a_site_is_refused_without_gradients_too(make):
-    def model():
-        pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
-
-    with pytest.raises(NotImplementedError, match="ite 'k'"):
-        make().loss(model, model)
-
-
 def test_default_networks_take_data_of_any_dtype(logits):
     def model(x, n):
         with pyro.plate("a", 3):
