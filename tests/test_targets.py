@@ -327,3 +327,30 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         "There is a DataLoader.*written with none",
         tmp_path,
     )
+
+
+@pytest.mark.parametrize("name", ["TraceREBAR_ELBO", "TraceNVIL_ELBO", "TraceRELAX_ELBO"])
+def test_an_optimizer_made_by_fit_trains_what_the_objective_learns(name):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    x = torch.tensor([0.8, -1.0, 2.0])
+    logits = torch.nn.Parameter(torch.zeros(3))
+
+    def model(x):
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("b", dist.Bernoulli(logits=logits))
+
+    objective, start = getattr(pyro_vi_ext, name)(), {}
+
+    def adam(parameters):
+        start.update({n: p.detach().clone() for n, p in objective.learned.named_parameters()})
+        return torch.optim.Adam(parameters, lr=0.01)
+
+    fit(objective(model, guide), x, num_steps=5, optimizer=adam, progress=False)
+    moved = [n for n, p in objective.learned.named_parameters() if not torch.equal(p, start[n])]
+    assert start and moved
