@@ -6,9 +6,10 @@ import math
 import pyro
 import pytest
 import torch
-from running import load, restored  # noqa: F401
 
 from pyro_vi_ext import TraceREBAR_ELBO, TraceRELAX_ELBO
+
+from .running import load, restored  # noqa: F401
 
 
 def test_negative_binomial(tmp_path, capsys):

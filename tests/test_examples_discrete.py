@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from running import load, restored  # noqa: F401
+
+from .running import load, restored  # noqa: F401
 
 
 def read_table(path):

@@ -8,6 +8,7 @@ from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch.distributions import constraints
 
+import pyro_vi_ext
 from pyro_vi_ext.training import fit
 
 from . import resuming
