@@ -1,6 +1,6 @@
 """Storchastic 0.3.7 (van Krieken et al. 2021, arXiv:2104.00428) beside ours, at the same weights.
 
-    pip install storchastic==0.3.7
+    pip install -e ".[bench]"
     python benchmarks/discrete.py --data static_mnist.npz --only storchastic
 
 bias: four bits, against enumeration; variance: that of discrete.py; time: of a whole training step.
@@ -42,7 +42,7 @@ from pyro_vi_ext.control_variates import mlp
 try:
     import storch
 except ImportError as error:
-    raise ImportError("This section needs Storchastic: pip install storchastic==0.3.7") from error
+    raise ImportError("This section needs Storchastic: pip install pyro_vi_ext[bench]") from error
 
 PEER_RATE, OUR_RATE = 1e-3, 1e-2  # for control variates: its example's rate, and that of `adapt`
 
