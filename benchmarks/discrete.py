@@ -4,8 +4,8 @@
 
 variance: linear autoencoder of 200 Bernoulli latents, at one checkpoint for all estimators: log of
 the mean variance per logit, time per step, and their product. training: the 1-sample ELBO and the
-100-sample bound after equal steps. storchastic: beside that library, which the extra `bench` brings
-(installed from the extra `bench`). Without --data: the handwritten digits of scikit-learn.
+100-sample bound after equal steps. storchastic: beside that library (the extra `bench`). Without
+--data: the handwritten digits of scikit-learn.
 
 The checkpoint is trained with DisARM, learning rate 1e-3, batch 100. Control variates and baselines
 then learn for 600 steps, with the autoencoder at rest. Variances are those of the gradient for the
