@@ -19,6 +19,7 @@ from pyro_vi_ext.semi_implicit import SemiImplicitELBO
 from pyro_vi_ext.sticking_the_landing import TraceSTL_ELBO
 from pyro_vi_ext.trace_score import TraceScore_ELBO
 from pyro_vi_ext.training import FitResult, fit
+from pyro_vi_ext.vector_quantized import VQELBO, VQParts
 
 __all__ = [
     "ElboTerms",
@@ -39,6 +40,8 @@ __all__ = [
     "TraceRLOO_ELBO",
     "TraceSTL_ELBO",
     "TraceScore_ELBO",
+    "VQELBO",
+    "VQParts",
     "__version__",
     "effective_sample_size",
     "elbo_terms",

@@ -37,9 +37,9 @@ def register_learned(owner, name: str, module: torch.nn.Module) -> torch.nn.Modu
     other = _owners.get(name)
     if stored and other is not None and other is not owner:
         raise ValueError(
-            f"Two live objectives, {type(other).__name__} and {type(owner).__name__}, keep learned "
-            f"parts under the name '{name}'. Give one of them another name=..., or call "
-            "pyro.clear_param_store() to start afresh."
+            f"Two live objects, {type(other).__name__} and {type(owner).__name__}, keep learned "
+            f"parts under the name '{name}'. Give an objective another name=..., register a module "
+            "yourself with pyro.module, or call pyro.clear_param_store() to start afresh."
         )
     own = {key: p for key, p in module.named_parameters() if p.requires_grad}
     for key, full in stored.items():

@@ -11,13 +11,14 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
+from pyro_vi_ext.code_sites import code_site
 from pyro_vi_ext.roles import GuideRoles, is_delta
 from pyro_vi_ext.tracing import Substitute, TracePair, latent_sites, sample_sites, trace_pair
 
 if TYPE_CHECKING:
     from pyro_vi_ext.run import Run
 
-__all__ = ["check_mixing", "check_plates", "check_single", "check_sites"]
+__all__ = ["check_codes", "check_mixing", "check_plates", "check_single", "check_sites"]
 
 
 def check_sites(pair: TracePair) -> None:
@@ -59,6 +60,26 @@ def check_sites(pair: TracePair) -> None:
             f"pyro.sample('{name}', ...) to the guide, or observe the site; enumerated sites are "
             "supported by pyro.infer.TraceEnum_ELBO."
         )
+
+
+def check_codes(pair: TracePair) -> None:
+    """A probability of codes stands beside one, of the same codes."""
+    guide, model = latent_sites(pair.guide), latent_sites(pair.model)
+    for name in guide.keys() & model.keys():
+        q, p = code_site(guide[name]["fn"]), code_site(model[name]["fn"])
+        if getattr(q, "quantizer", None) is not getattr(p, "quantizer", None):
+            raise ValueError(
+                f"Site '{name}' is {_codes(guide[name], q)} in the guide and "
+                f"{_codes(model[name], p)} in the model: a density beside a probability, or "
+                "probabilities of other codes, make no bound. Write one quantizer in both: "
+                "VectorQuantized(z_e, quantizer) in the guide, CodePrior(quantizer) in the model."
+            )
+
+
+def _codes(site: dict, fn) -> str:
+    if fn is None:
+        return f"a {type(site['fn']).__name__}"
+    return f"a {type(fn).__name__} (codes of {type(fn.quantizer).__name__} {id(fn.quantizer):#x})"
 
 
 def check_plates(pair: TracePair) -> None:

@@ -34,7 +34,7 @@ from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import Scored, Term, plates_of, site_log_prob, split_mask
 from pyro_vi_ext.tracing import latent_sites, sample_sites, signature
 
-__all__ = ["Detached", "Paths", "draws", "is_reparameterized"]
+__all__ = ["Detached", "Paths", "check_reparameterized", "draws", "is_reparameterized"]
 
 
 def is_reparameterized(site: dict) -> bool:
@@ -45,6 +45,20 @@ def is_reparameterized(site: dict) -> bool:
 def draws(guide_trace: Trace) -> dict[str, dict]:
     """The sites of a guide trace that are drawn: all latents but point masses."""
     return {name: s for name, s in latent_sites(guide_trace).items() if not is_delta(s)}
+
+
+def check_reparameterized(guide_trace: Trace, instead: str) -> None:
+    """:raises NotImplementedError: if a draw of the guide has no path, naming the first.
+
+    :param instead: objectives to propose.
+    """
+    for name, site in draws(guide_trace).items():
+        if not is_reparameterized(site):
+            raise NotImplementedError(
+                f"Guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised and has "
+                "no path to differentiate. Use a distribution with rsample, or an objective with a "
+                f"score-function term: {instead}."
+            )
 
 
 class Detached(Messenger):

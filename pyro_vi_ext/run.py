@@ -18,7 +18,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.util import check_model_guide_match, check_site_shape
 
-from pyro_vi_ext.pair_checks import check_mixing, check_plates, check_single, check_sites
+from pyro_vi_ext.pair_checks import (
+    check_codes,
+    check_mixing,
+    check_plates,
+    check_single,
+    check_sites,
+)
 from pyro_vi_ext.roles import GuideRoles, guide_roles
 from pyro_vi_ext.tracing import (
     PARTICLE_PLATE,
@@ -199,6 +205,7 @@ class Run:
         if key in self.structure.checked:
             return
         check_sites(pair)
+        check_codes(pair)
         check_plates(pair)
         if not self._mixing:
             check_mixing(self.roles)

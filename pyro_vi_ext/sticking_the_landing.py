@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from pyro_vi_ext.objective import Estimate, Objective
-from pyro_vi_ext.paths import Paths, draws, is_reparameterized
+from pyro_vi_ext.paths import Paths, check_reparameterized
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import linear_bound, pair_terms
 
@@ -78,14 +78,9 @@ class TraceSTL_ELBO(Objective):
 
     def estimate(self, run: Run) -> Estimate:
         for pair in run.pairs:
-            for name, site in draws(pair.guide).items():
-                if not is_reparameterized(site):
-                    raise NotImplementedError(
-                        f"Guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised "
-                        "and has no path to differentiate. Use a distribution with rsample, or an "
-                        "objective with a score-function term: ImportanceWeightedELBO, or "
-                        "pyro.infer.TraceGraph_ELBO."
-                    )
+            check_reparameterized(
+                pair.guide, "ImportanceWeightedELBO, or pyro.infer.TraceGraph_ELBO"
+            )
         scored = [pair_terms(run, pair) for pair in run.pairs]
         terms = [term for part in scored for term in (*part.model, *part.guide.values())]
         bound = linear_bound(terms, run)

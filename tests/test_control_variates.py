@@ -152,7 +152,7 @@ def test_parameters_are_complete_after_the_first_call(name):
 def test_two_live_objectives_of_one_name_are_refused(name):
     first, second = (CONTROLLED[name](num_particles=2) for _ in range(2))
     first.loss_and_grads(*bit())
-    with pytest.raises(ValueError, match="Two live objectives.*name=.*clear_param_store"):
+    with pytest.raises(ValueError, match="Two live objects.*name=.*clear_param_store"):
         second.loss_and_grads(*bit())
     CONTROLLED[name](num_particles=2, name="another").loss_and_grads(*bit())
     assert any(key.startswith("another$$$") for key in pyro.get_param_store())

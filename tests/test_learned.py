@@ -77,7 +77,7 @@ def test_the_loss_is_not_the_surrogate():
 def test_two_live_objectives_of_one_name_are_refused():
     first, second = WithBaseline(), WithBaseline()
     first.loss(model, guide)
-    with pytest.raises(ValueError, match="Two live objectives.*'WithBaseline'"):
+    with pytest.raises(ValueError, match="Two live objects.*'WithBaseline'"):
         second.loss(model, guide)
     WithBaseline(name="other").loss(model, guide)
     pyro.clear_param_store()

@@ -1,0 +1,88 @@
+r"""The nearest code of each vector, without a tensor of all differences.
+
+.. math::
+
+    k(z) = \arg\min_j \lVert z - e_j \rVert^2
+         = \arg\min_j \Big( \tfrac12 \lVert e_j - c \rVert^2 - (z - c)^\top (e_j - c) \Big)
+
+for any :math:`c`; with the mean of the codes, a common offset costs no precision. A block of rows
+at a time is a matrix product of bounded size. What the product rounds is decided by the distances
+themselves, so equal codes and exact ties give the lowest index, as ``argmin`` would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["kmeans", "nearest_code"]
+
+BLOCK = 2**22  # elements of a block of scores: 16 MB of float32
+
+
+@torch.no_grad()
+def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
+    r"""Index of the nearest code of each vector in Euclidean distance; the lowest one of a tie.
+
+    Time is N K D, memory ``block`` elements plus the result. The index is that of ``argmin`` over
+    directly computed distances, except that among three or more codes whose distances differ by
+    rounding only it may be another one of them.
+
+    :param z: vectors, shape (..., D).
+    :param codebook: codes, shape (K, D).
+    :param block: number of scores in memory at once.
+    :returns: int64, shape (...).
+
+    Example:
+
+    >>> import torch
+    >>> codes = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> nearest_code(torch.tensor([[1.0, 0.0], [1.5, 3.0]]), codes).tolist()
+    [0, 1]
+    """
+    dtype = torch.promote_types(z.dtype, codebook.dtype)
+    dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    codes = codebook.to(dtype)
+    rows = z.to(dtype).reshape(-1, codes.shape[-1])
+    center = codes.mean(0)
+    minus = (center - codes).t().contiguous()
+    half_squares = minus.square().sum(0) / 2
+    largest = half_squares.max()
+    indices = torch.empty(len(rows), dtype=torch.long, device=rows.device)
+    size = max(1, block // len(codes))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        centered = part - center
+        scores = torch.addmm(half_squares, centered, minus)
+        smallest, argmin = scores.min(1)
+        norms = centered.square().sum(1)
+        rounding = 8 * torch.finfo(dtype).eps * ((2 * largest * norms).sqrt() + largest)
+        first = (scores <= (smallest + rounding).unsqueeze(1)).to(torch.uint8).argmax(1)
+        direct = [(part - codes[k]).square().sum(1) for k in (first, argmin)]
+        indices[start : start + size] = torch.where(direct[0] <= direct[1], first, argmin)
+    return indices.reshape(z.shape[:-1])
+
+
+@torch.no_grad()
+def kmeans(z: Tensor, num_codes: int, num_iterations: int = 10) -> Tensor:
+    """Centres of Lloyd's algorithm, started at random distinct rows; shape (num_codes, D).
+
+    A centre without rows moves to a random row. If there are fewer rows than centres, the rest are
+    copies of rows, moved by a hundredth of a standard deviation so that they can part.
+
+    :param z: vectors, shape (N, D), N >= 1.
+    """
+    order = torch.randperm(len(z), device=z.device)
+    rounds = -(-num_codes // len(z))
+    centers = z[order.repeat(rounds)[:num_codes]].clone()
+    if rounds > 1:
+        spread = z.std(0, correction=0)
+        centers[len(z) :] += 0.01 * spread * torch.randn_like(centers[len(z) :])
+    for _ in range(num_iterations):
+        indices = nearest_code(z, centers)
+        counts = z.new_zeros(num_codes).index_add_(0, indices, z.new_ones(len(z)))
+        sums = torch.zeros_like(centers).index_add_(0, indices, z)
+        means = sums / counts.clamp(min=1).unsqueeze(1)
+        other = z[torch.randint(len(z), (num_codes,), device=z.device)] if rounds == 1 else centers
+        centers = torch.where((counts > 0).unsqueeze(1), means, other)
+    return centers
