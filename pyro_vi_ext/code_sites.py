@@ -103,7 +103,8 @@ class VectorQuantized(TorchDistribution):
     :param quantizer: a :class:`Quantizer` with ``code_dim`` D.
     :ivar z_q: codes with their gradient, shape (..., D), not expanded.
     :ivar indices: their indices, shape (..., \*code_shape), not expanded.
-    :raises ValueError: if the last dimension of ``z_e`` is not ``code_dim``.
+    :raises ValueError: if the last dimension of ``z_e`` is not ``code_dim``; for NaN, while Pyro's
+        validation is on (otherwise the value is NaN too).
 
     Reference: A. van den Oord, O. Vinyals and K. Kavukcuoglu, *Neural Discrete Representation
     Learning*, NeurIPS 2017, arXiv:1711.00937.
@@ -124,7 +125,7 @@ class VectorQuantized(TorchDistribution):
     [1.0, 1.0]
     """
 
-    arg_constraints = {}
+    arg_constraints = {"z_e": constraints.real_vector}
     has_rsample = True
 
     def __init__(self, z_e: Tensor, quantizer: Quantizer, validate_args=None):

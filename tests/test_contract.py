@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_vi_ext
-from pyro_vi_ext.guides import AutoSemiImplicit
+from pyro_vi_ext.guides import AutoSemiImplicit, CodePrior, VectorQuantized, VectorQuantizer
 from pyro_vi_ext.objective import Objective
 
 OBJECTIVES = {
@@ -57,9 +57,10 @@ OBJECTIVES = {
     "TraceREBAR_ELBO-uncoupled": partial(pyro_vi_ext.TraceREBAR_ELBO, coupled=False),
     "TraceRELAX_ELBO": pyro_vi_ext.TraceRELAX_ELBO,
     "TraceLAX_ELBO": pyro_vi_ext.TraceLAX_ELBO,
+    "VQELBO": lambda num_particles=1, **kw: pyro_vi_ext.VQELBO(num_particles=num_particles, **kw),
 }
 
-DISCRETE = list(OBJECTIVES)[list(OBJECTIVES).index("TraceScore_ELBO") :]
+DISCRETE = list(OBJECTIVES)[list(OBJECTIVES).index("TraceScore_ELBO") : -1]
 NOISY = ["TraceScore_ELBO-all", "TraceLAX_ELBO"]  # on continuous draws, by their nature
 TRAINED = [name for name in OBJECTIVES if "upper" not in name]  # upper bounds are for evaluation
 TRAINED = [name for name in TRAINED if name not in NOISY]
@@ -250,6 +251,28 @@ def categories_guide(x):
         pyro.sample("b", dist.OneHotCategorical(logits=logits))
 
 
+def codes(plate):
+    """A quantised and a Gaussian latent; the codebook is in evaluation mode: it does not move."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(4, 2, ema_decay=0.9).eval()
+    net = nn.Linear(1, 3)
+
+    def model(x):
+        with plate(x) as index:
+            z = pyro.sample("z", CodePrior(quantizer))
+            s = pyro.sample("s", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.sum(-1) + s, 0.5), obs=x[index])
+
+    def guide(x):
+        pyro.module("net", net)
+        with plate(x) as index:
+            out = net(x[index].unsqueeze(-1))
+            z = pyro.sample("z", VectorQuantized(out[..., :2], quantizer))
+            pyro.sample("s", dist.Normal(out[..., 2] - z.sum(-1), 0.5))
+
+    return model, guide
+
+
 PAIRS = {
     "param": lambda: (regression, with_params),
     "module": lambda: (local, amortised(full)),
@@ -272,6 +295,8 @@ PAIRS = {
     "masked-AutoMultivariateNormal": lambda: (local_masked, AutoMultivariateNormal(local_masked)),
     "imputing-AutoNormal": lambda: (imputing, AutoNormal(imputing)),
     "scaled": lambda: (scaled(regression), annealed(with_params)),
+    "codes": lambda: codes(full),
+    "codes-subsampled": lambda: codes(subsampled),
     "bits": lambda: (bits(full), bits_guide(full)),
     "bits-subsampled": lambda: (bits(subsampled), bits_guide(subsampled)),
     "bits-scaled": lambda: (scaled(bits(full)), annealed(bits_guide(full))),
@@ -316,7 +341,7 @@ def takes(objective: str, name: str) -> bool:
     if kind in (pyro_vi_ext.TraceARM_ELBO, pyro_vi_ext.TraceDisARM_ELBO):
         return name != "bits-one-hot"
     pathwise = pyro_vi_ext.SemiImplicitELBO, pyro_vi_ext.TraceSTL_ELBO, pyro_vi_ext.TraceLAX_ELBO
-    return kind not in pathwise
+    return kind not in (*pathwise, pyro_vi_ext.VQELBO)
 
 
 def make(objective: str, name: str, **options):
