@@ -99,11 +99,12 @@ def draw_rows(z: Tensor, weights: Tensor, num_rows: int) -> Tensor:
     all_of_them = _gather(mine)
     uniform = torch.rand(num_rows, device=z.device, dtype=weights.dtype)
     position = from_first_process(uniform) * sum(all_of_them)
-    position = position - sum(all_of_them[: _rank()], torch.zeros_like(mine))
-    inside = (position >= 0) & (position < mine)
+    start = sum(all_of_them[: _rank()], torch.zeros_like(mine))
+    inside = (position >= start) & (position < start + mine)  # of one process, despite rounding
     if not len(z):
         return _sum_over_processes(z.new_zeros(num_rows, z.shape[1]))
-    row = torch.searchsorted(cumulative, position, right=True).clamp(max=len(z) - 1)
+    last = torch.searchsorted(cumulative, mine)  # of positive weight
+    row = torch.searchsorted(cumulative, position - start, right=True).minimum(last)
     return _sum_over_processes(torch.where(inside.unsqueeze(1), z[row], 0.0))
 
 

@@ -6,8 +6,9 @@ r"""The nearest code of each vector, without a tensor of all differences.
          = \arg\min_j \Big( \tfrac12 \lVert e_j - c \rVert^2 - (z - c)^\top (e_j - c) \Big)
 
 for any :math:`c`; with the mean of the codes, a common offset costs no precision. A block of rows
-at a time is a matrix product of bounded size. What the product rounds is decided by the distances
-themselves, so equal codes and exact ties give the lowest index, as ``argmin`` would.
+at a time is a matrix product of bounded size. Codes that its rounding cannot tell apart are decided
+by the distances themselves, so equal codes and exact ties give the lowest index, as ``argmin``
+would.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ BLOCK = 2**22  # elements of a block of scores: 16 MB of float32
 def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     r"""Index of the nearest code of each vector in Euclidean distance; the lowest one of a tie.
 
-    Time is N K D, memory ``block`` elements plus the result. The index is that of ``argmin`` over
-    directly computed distances, except that among three or more codes whose distances differ by
-    rounding only it may be another one of them.
+    Time is N K D, memory a few times ``block`` elements plus the result. The index is that of
+    ``argmin`` over directly computed distances, up to the rounding of these. Where all is NaN it is
+    a valid index.
 
     :param z: vectors, shape (..., D).
     :param codebook: codes, shape (K, D).
@@ -53,14 +54,30 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         centered = part - center
-        scores = torch.addmm(half_squares, centered, minus)
+        with torch.autocast(rows.device.type, enabled=False):
+            scores = torch.addmm(half_squares, centered, minus)
         smallest, argmin = scores.min(1)
-        norms = centered.square().sum(1)
-        rounding = 8 * torch.finfo(dtype).eps * ((2 * largest * norms).sqrt() + largest)
-        first = (scores <= (smallest + rounding).unsqueeze(1)).to(torch.uint8).argmax(1)
-        direct = [(part - codes[k]).square().sum(1) for k in (first, argmin)]
-        indices[start : start + size] = torch.where(direct[0] <= direct[1], first, argmin)
+        # A bound of the error of two scores: each is a sum of 2 D products.
+        size_of_terms = (2 * largest * centered.square().sum(1)).sqrt() + largest
+        rounding = (codes.shape[1] + 8) * torch.finfo(dtype).eps * size_of_terms
+        close = (scores <= (smallest + rounding).unsqueeze(1)).nonzero(as_tuple=True)
+        indices[start : start + size] = _nearest_of(close, part, codes, argmin, block)
     return indices.reshape(z.shape[:-1])
+
+
+def _nearest_of(pairs, rows: Tensor, codes: Tensor, otherwise: Tensor, block: int) -> Tensor:
+    """The nearest of the codes that are paired with a row, by the distances themselves.
+
+    :param pairs: indices of rows and of codes, two tensors of one shape (P,).
+    :param otherwise: the result for rows without a pair.
+    """
+    step = max(1, block // codes.shape[1])
+    parts = zip(*(index.split(step) for index in pairs), strict=True)
+    distance = torch.cat([(rows[i] - codes[k]).square().sum(1) for i, k in parts])
+    i, k = pairs
+    smallest = distance.new_full((len(rows),), torch.inf).scatter_reduce(0, i, distance, "amin")
+    best = distance == smallest[i]
+    return otherwise.scatter_reduce(0, i[best], k[best], "amin", include_self=False)
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def initialize(self, z_e: Tensor, weights: Tensor) -> None:
         """Start the codes at k-means centres of vectors (N, D) with positive weights (N,)."""
-        rows = gather_rows(z_e[weights > 0])
+        rows = gather_rows(z_e[weights > 0].to(self.codebook.dtype))
         if not len(rows) or not bool(rows.isfinite().all()):
             return  # the objective names the site
         self.codebook.copy_(from_first_process(kmeans(rows, self.num_codes)))
@@ -228,7 +228,8 @@ class VectorQuantizer(Quantizer):
         """Codes that are hardly used become random vectors, and count as used often enough."""
         rows = draw_rows(z_e, weights, self.num_codes)
         enough = self.restart_threshold * self.usage.weight
-        dead = (self.usage.count < enough) & allowed
+        rounding = torch.finfo(enough.dtype).eps ** 0.5
+        dead = (self.usage.count < enough * (1 - rounding)) & allowed
         self.usage.count.copy_(torch.where(dead, enough, self.usage.count))
         self.codebook.copy_(torch.where(dead.unsqueeze(1), rows, self.codebook))
         if self.ema_decay is not None:

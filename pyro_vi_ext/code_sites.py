@@ -160,7 +160,9 @@ class VectorQuantized(TorchDistribution):
 
     def rsample(self, sample_shape=()) -> Tensor:
         batch_shape = torch.Size(sample_shape) + self.batch_shape
-        value = self.z_q.expand(batch_shape + self.event_shape)
+        # A view made without gradients would still say that it requires one.
+        z_q = self.z_q if torch.is_grad_enabled() else self.z_q.detach()
+        value = z_q.expand(batch_shape + self.event_shape)
         indices = self.indices.expand(batch_shape + self.quantizer.code_shape)
         value._codes = (self.quantizer, indices)
         return value
@@ -247,26 +249,37 @@ class CodePrior(TorchDistribution):
         return _sum_rightmost(scores, len(self.quantizer.code_shape)).expand(shape)
 
     def sample(self, sample_shape=()) -> Tensor:
-        shape = torch.Size(sample_shape) + self.batch_shape
+        shape = torch.Size(sample_shape) + self.batch_shape + self.quantizer.code_shape
+        num_codes = self.quantizer.num_codes
         with torch.no_grad():
-            logits = self.logits
-            if logits is None:
-                like = self.quantizer.decode(self._zero())
-                logits = like.new_zeros(self.quantizer.num_codes)
-            tail = (*self.quantizer.code_shape, self.quantizer.num_codes)
-            indices = torch.distributions.Categorical(logits=logits.expand(shape + tail)).sample()
+            if self.logits is None:
+                indices = torch.randint(num_codes, shape, device=self._zero().device)
+            else:
+                logits = self.logits.expand(shape + (num_codes,))
+                indices = torch.distributions.Categorical(logits=logits).sample()
             value = self.quantizer.decode(indices)
         value._codes = (self.quantizer, indices)
         return value
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All codes, shape (number of codes, \\*batch_shape or ones, D)."""
+        """All codes, shape (number of codes, \\*batch_shape or ones, D).
+
+        :raises NotImplementedError: with logits, if a code does not tell its indices (two are
+            equal): its value would be scored with the logits of others.
+        """
         with torch.no_grad():
             num_indices = math.prod(self.quantizer.code_shape)
             rows = itertools.product(range(self.quantizer.num_codes), repeat=num_indices)
-            zero = self._zero()
-            indices = torch.tensor(list(rows), device=zero.device)
-            codes = self.quantizer.decode(indices.reshape((-1,) + self.quantizer.code_shape))
+            rows = torch.tensor(list(rows), device=self._zero().device)
+            indices = rows.reshape((-1,) + self.quantizer.code_shape)
+            codes = self.quantizer.decode(indices)
+            if self.logits is not None and not self.quantizer.indices_of(codes).equal(indices):
+                raise NotImplementedError(
+                    "CodePrior with logits cannot be enumerated: codes of the "
+                    f"{type(self.quantizer).__name__} are equal, or are not nearest to themselves, "
+                    "so that a value does not tell its logit. Move the codes apart, or enumerate "
+                    "indices: quantizer.decode(pyro.sample('k', dist.Categorical(logits=...)))."
+                )
         ones = (1,) * len(self.batch_shape)
         codes = codes.reshape((len(codes),) + ones + self.event_shape)
         return codes.expand((-1,) + self.batch_shape + (-1,)) if expand else codes
