@@ -63,13 +63,13 @@ def main(args):
     ]
     print_table("MNIST" if args.data else "digits", rows, len(test))
 
-    strong, curves = compare_strong_decoders(args)
+    strong = compare_strong_decoders(args)
     rows += strong
     with open(out / "tables.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    plot(vae, prior, images, test, curves, args, out / "vq_vae.png")
+    plot(vae, prior, images, test, strong, args, out / "vq_vae.png")
     print(f"\nwritten to {out}/: tables.csv, vq_vae.png")
     return rows
 
@@ -102,7 +102,7 @@ def make_quantizer(args, num_codes, code_dim):
     )
 
 
-def train(name, objective, pair, images, num_steps, args, transform=None, callback=None):
+def train(name, objective, pair, images, num_steps, args, transform=None):
     """Fit a pair to fresh draws of x in each batch, or to what a function makes of them."""
 
     def collate(rows):
@@ -121,7 +121,6 @@ def train(name, objective, pair, images, num_steps, args, transform=None, callba
         optimizer=torch.optim.Adam(pair.parameters(), lr=args.lr),
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps),
         checkpoint=checkpoint,
-        callback=callback,
     )
     epochs = num_steps * size / len(images.x_train)
     last = float(result.losses[-100:].mean()) / size
@@ -144,7 +143,8 @@ def fixed(grey, args):
 @torch.no_grad()
 def evaluate(name, vae, x, **options):
     """A row of a table, nats per image; bits per dimension are those of the bound."""
-    draws = 2 if isinstance(vae, VQVAE) else 50  # all mass on one code: nothing to average
+    # All mass on one code: nothing to average.
+    draws = {VQVAE: 2, DeepVAE: 50, GaussianGridVAE: 10}[type(vae)]
     totals = torch.zeros(3, dtype=torch.float64)
     for part in x.split(500):
         terms = elbo_terms(vae.model, vae.guide, part, num_particles=draws, **options)
@@ -194,11 +194,11 @@ def print_table(title, rows, num):
 
 
 def compare_strong_decoders(args):
-    """The same autoregressive decoder with a Gaussian and with a quantised guide: rows, curves."""
+    """The same autoregressive decoder with a Gaussian and with a quantised guide."""
     images = load_images()
     test = fixed(images.x_test, args)
     grid, dim, pixels = SMALL_GRID, SMALL_DIM, images.x_train.shape[1]
-    rows, curves = [], {}
+    rows = []
     for name in ("Gaussian guide", "VQ guide"):
         pyro.set_rng_seed(args.seed)
         decoder = AutoregressiveDecoder(grid, dim, pixels, width=32)
@@ -210,16 +210,8 @@ def compare_strong_decoders(args):
             vae = GaussianGridVAE(MLPEncoder(pixels, grid, 2 * dim), decoder, grid, dim)
             objective = TraceSTL_ELBO()
         vae.to(args.device)
-        curve = curves[name] = []
-        every = max(1, args.num_strong_steps // 40)
-
-        def callback(step, loss, vae=vae, curve=curve, every=every):
-            if step % every == 0:
-                with torch.random.fork_rng():
-                    curve.append((step, loss_of_codes(vae, test)))
-
         label = f"strong decoder, {name}"
-        train(label, objective, vae, images, args.num_strong_steps, args, callback=callback)
+        train(label, objective, vae, images, args.num_strong_steps, args)
         vae.requires_grad_(False).eval()
         if isinstance(vae, GaussianGridVAE):
             rows.append(evaluate(label, vae, test))
@@ -232,13 +224,13 @@ def compare_strong_decoders(args):
         rows.append(evaluate(f"{label}, uniform prior", vae, test))
         rows.append(evaluate(f"{label}, learned prior", vae, test, prior=prior.site()))
     print_table("strong decoder, digits", rows, len(test))
-    return rows, curves
+    return rows
 
 
 # --- the picture ---------------------------------------------------------------------------------
 
 
-def plot(vae, prior, images, test, curves, args, path):
+def plot(vae, prior, images, test, strong, args, path):
     """Reconstructions, samples under both priors, code usage, and what a strong decoder uses."""
     import matplotlib
 
@@ -249,13 +241,11 @@ def plot(vae, prior, images, test, curves, args, path):
     first = [int((images.y_test == label).nonzero()[0]) for label in range(10)]
     x = fixed(images.x_test[first], args)
     mean = vae.decode(vae.quantizer.decode(vae.codes(x)))
-    figure, axes = plt.subplot_mosaic(
-        [["data", "data", "usage"], ["uniform", "learned", "strong"]],
-        figsize=(12, 7.6),
-        width_ratios=(1.0, 1.0, 1.35),
-        height_ratios=(0.62, 1.0),
-        layout="constrained",
-    )
+    figure = plt.figure(figsize=(12, 6.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1.0))
+    axes = left.subplot_mosaic(
+        [["data", "data"], ["uniform", "learned"]], height_ratios=(0.42, 1.0)
+    ) | right.subplot_mosaic([["usage"], ["strong"]])
     show(axes["data"], torch.stack([x, mean]), images.shape, ["x", "mean of x\ngiven its codes"])
     axes["data"].set_title("Test images and their reconstructions")
     with torch.no_grad():
@@ -265,7 +255,7 @@ def plot(vae, prior, images, test, curves, args, path):
         show(axes[name], sample.unflatten(0, (6, 6)), images.shape)
         axes[name].set_title(f"Samples, {name} prior")
     draw_usage(axes["usage"], code_counts(vae, test))
-    draw_strong(axes["strong"], curves)
+    draw_strong(axes["strong"], strong)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -285,19 +275,23 @@ def draw_usage(ax, counts):
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def draw_strong(ax, curves):
-    """What the latents tell a strong decoder, in training."""
-    for name, curve in curves.items():
-        if curve:
-            steps, values = zip(*curve, strict=True)
-            ax.plot(steps, values, label=name)
-    ax.axhline(0.0, color="0.7", lw=0.8)
-    ax.set(
-        xlabel="steps",
-        ylabel="nats per image",
-        title="Strong decoder: reconstruction lost with\nthe latents of another image",
-    )
-    ax.legend(frameon=False)
+def draw_strong(ax, rows):
+    """What the latents cost a strong decoder, and what they tell it."""
+    bars = {
+        "KL": [row["KL"] for row in rows],
+        "reconstruction lost with the\nlatents of another image": [
+            row["reconstruction"] - row["codes of another image"] for row in rows
+        ],
+    }
+    for i, (label, values) in enumerate(bars.items()):
+        places = [place + 0.38 * (i - 0.5) for place in range(len(rows))]
+        drawn = ax.bar(places, values, width=0.36, label=label)
+        ax.bar_label(drawn, fmt="%.1f", padding=2)
+    labels = [row["model"].removeprefix("strong decoder, ").replace(", ", "\n") for row in rows]
+    ax.set_xticks(range(len(rows)), labels)
+    ax.set(ylabel="nats per image", title="A strong decoder: what latents cost, what they tell")
+    ax.margins(y=0.15)
+    ax.legend(frameon=False, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
 
 

@@ -224,3 +224,28 @@ def test_toy_bernoulli_control_of_no_units_is_rebar(coupled):
         draws.append(example.gradient_draws(objective, logits, t, 100))
     for other in draws[1:]:
         assert torch.allclose(other, draws[0], rtol=1e-10, atol=1e-14)
+
+
+def test_vq_vae(tmp_path, capsys):
+    example = load("vq_vae")
+    argv = (
+        "--num-steps 100 --num-prior-steps 60 --num-strong-steps 4 --batch-size 50 --num-test 100 "
+        f"--checkpoint {tmp_path}/saved --output {tmp_path}"
+    )
+    rows = example.main(example.parse(argv.split()))
+    out = capsys.readouterr().out
+    assert all(row["model"] in out for row in rows) and len(rows) == 6
+    for row in rows:
+        assert row["ELBO"] == pytest.approx(row["reconstruction"] - row["KL"])
+        assert row["bits/dim"] == pytest.approx(-row["ELBO"] / (64 * math.log(2)))
+        if "uniform" in row["model"]:
+            assert row["KL"] == pytest.approx(4 * math.log(32))
+    uniform, learned = rows[:2]
+    assert learned["KL"] < uniform["KL"] and learned["reconstruction"] == uniform["reconstruction"]
+    assert uniform["codes of another image"] < uniform["reconstruction"] - 1
+    assert (tmp_path / "vq_vae.png").stat().st_size > 20_000
+    with open(tmp_path / "tables.csv") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == [row["model"] for row in rows]
+    # A second run continues from the checkpoints, with nothing left to do.
+    again = example.main(example.parse(argv.split()))
+    assert [row["KL"] for row in again] == pytest.approx([row["KL"] for row in rows])
