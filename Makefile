@@ -31,6 +31,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/semi_implicit.py
 	$(BIN)/python benchmarks/importance_weighted.py
 	$(BIN)/python benchmarks/discrete.py
+	$(BIN)/python benchmarks/vector_quantized.py
 
 docs: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"

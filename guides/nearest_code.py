@@ -71,10 +71,10 @@ def _nearest_of(pairs, rows: Tensor, codes: Tensor, otherwise: Tensor, block: in
     :param pairs: indices of rows and of codes, two tensors of one shape (P,).
     :param otherwise: the result for rows without a pair.
     """
-    step = max(1, block // codes.shape[1])
-    parts = zip(*(index.split(step) for index in pairs), strict=True)
-    distance = torch.cat([(rows[i] - codes[k]).square().sum(1) for i, k in parts])
     i, k = pairs
+    distance, step = rows.new_empty(len(i)), max(1, block // codes.shape[1])
+    for part in (slice(start, start + step) for start in range(0, len(i), step)):
+        distance[part] = (rows[i[part]] - codes[k[part]]).square().sum(1)
     smallest = distance.new_full((len(rows),), torch.inf).scatter_reduce(0, i, distance, "amin")
     best = distance == smallest[i]
     return otherwise.scatter_reduce(0, i[best], k[best], "amin", include_self=False)

@@ -56,7 +56,7 @@ def test_index_to_code_to_index(dtype, scale):
 
 
 def test_quantize_is_the_nearest_row_of_the_codebook():
-    quantizer, z_e = make(20, 3), torch.randn(5, 4, 3)
+    quantizer, z_e = make(20, 3), 10 * torch.randn(50, 4, 3)
     z_q, indices = quantizer.quantize(z_e)
     nearest = (z_e.unsqueeze(-2) - quantizer.codebook).square().sum(-1).argmin(-1)
     assert indices.equal(nearest) and z_q.equal(quantizer.codebook[nearest])
@@ -222,6 +222,16 @@ def test_a_batch_without_weight_changes_nothing():
         quantizer.update(z_e, indices, torch.zeros(40))
         quantizer.update(z_e[:0], indices[:0], torch.zeros(0))
         assert_same(state(quantizer), before)
+
+
+def test_no_restarts_at_nothing():
+    """Though codes have come to be below the threshold, as by another one of a resumed run."""
+    quantizer = make(**RESTART)
+    quantizer.update(*batch(quantizer))
+    quantizer.restart_threshold = 1000.0
+    before = state(quantizer)
+    quantizer.update(torch.randn(5, 2), torch.zeros(5, dtype=torch.long), torch.zeros(5))
+    assert_same(state(quantizer), before)
 
 
 def test_perplexity_and_usage():
