@@ -26,8 +26,9 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     r"""Index of the nearest code of each vector in Euclidean distance; the lowest one of a tie.
 
     Time is N K D, memory a few times ``block`` elements plus the result. The index is that of
-    ``argmin`` over directly computed distances, up to the rounding of these. Where all is NaN it is
-    a valid index.
+    ``argmin`` over directly computed distances, up to the rounding of these. On CUDA this is so for
+    ties of equal codes and of two codes; among more that the product cannot tell apart, it is one
+    of them. Where all is NaN it is a valid index.
 
     :param z: vectors, shape (..., D).
     :param codebook: codes, shape (K, D).
@@ -60,9 +61,20 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
         # A bound of the error of two scores: each is a sum of 2 D products.
         size_of_terms = (2 * largest * centered.square().sum(1)).sqrt() + largest
         rounding = (codes.shape[1] + 8) * torch.finfo(dtype).eps * size_of_terms
-        close = (scores <= (smallest + rounding).unsqueeze(1)).nonzero(as_tuple=True)
-        indices[start : start + size] = _nearest_of(close, part, codes, argmin, block)
+        close = scores <= (smallest + rounding).unsqueeze(1)
+        if close.is_cuda:  # how many there are would have to be waited for
+            found = _first_or(argmin, close, part, codes)
+        else:
+            found = _nearest_of(close.nonzero(as_tuple=True), part, codes, argmin, block)
+        indices[start : start + size] = found
     return indices.reshape(z.shape[:-1])
+
+
+def _first_or(argmin: Tensor, close: Tensor, rows: Tensor, codes: Tensor) -> Tensor:
+    """The first code that is close, unless the argmin is nearer by the distances themselves."""
+    first = close.to(torch.uint8).argmax(1)
+    a, b = ((rows - codes[k]).square().sum(1) for k in (first, argmin))
+    return torch.where(a <= b, first, argmin)
 
 
 def _nearest_of(pairs, rows: Tensor, codes: Tensor, otherwise: Tensor, block: int) -> Tensor:

@@ -21,7 +21,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vi_ext.code_sites import CodePrior, Quantizer, check_vectors, codes_of
+from pyro_vi_ext.code_sites import CodePrior, Quantizer, check_vectors, codes_of, remember_codes
 from pyro_vi_ext.objective import positive_int
 
 from .autoregressive import Autoregressive, CausalTransformer
@@ -216,5 +216,5 @@ class AutoregressiveCodes(TorchDistribution):
         tokens = Autoregressive(self.prior.network).sample(shape)
         indices = tokens.reshape(shape + self.prior.indices_shape)
         value = self.quantizer.decode(indices)
-        value._codes = (self.quantizer, indices)
+        remember_codes(value, self.quantizer, indices)
         return value

@@ -20,6 +20,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["CodePrior", "Quantizer", "VectorQuantized", "code_site", "codes_of"]
 
@@ -148,10 +149,8 @@ class VectorQuantized(TorchDistribution):
 
     def expand(self, batch_shape, _instance=None):
         new = self.__new__(type(self))
-        new.z_e, new.quantizer, new.z_q, new.indices = (
-            *(self.z_e, self.quantizer),
-            *(self.z_q, self.indices),
-        )
+        new.z_e, new.quantizer = self.z_e, self.quantizer
+        new.z_q, new.indices = self.z_q, self.indices
         super(VectorQuantized, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -164,7 +163,7 @@ class VectorQuantized(TorchDistribution):
         z_q = self.z_q if torch.is_grad_enabled() else self.z_q.detach()
         value = z_q.expand(batch_shape + self.event_shape)
         indices = self.indices.expand(batch_shape + self.quantizer.code_shape)
-        value._codes = (self.quantizer, indices)
+        remember_codes(value, self.quantizer, indices)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -182,8 +181,9 @@ class CodePrior(TorchDistribution):
         \quad \text{or } \pi_k = 1 / \text{num\_codes}.
 
     A value is scored at its code: at the indices with which :class:`VectorQuantized` drew it, or at
-    the nearest code. No gradient passes from the score to the value or to the codebook; logits have
-    theirs. With several indices for a latent (``code_shape``), they are independent.
+    those of the code that it is (of a :class:`VectorQuantizer`, the nearest). No gradient passes
+    from the score to the value or to the codebook; logits have theirs. With several indices for a
+    latent (``code_shape``), they are independent.
 
     Draws are codes, without gradient. The site can be enumerated (``infer={"enumerate":
     "parallel"}`` with ``TraceEnum_ELBO``), which gives the exact evidence of a small codebook.
@@ -258,7 +258,7 @@ class CodePrior(TorchDistribution):
                 logits = self.logits.expand(shape + (num_codes,))
                 indices = torch.distributions.Categorical(logits=logits).sample()
             value = self.quantizer.decode(indices)
-        value._codes = (self.quantizer, indices)
+        remember_codes(value, self.quantizer, indices)
         return value
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -291,9 +291,19 @@ class CodePrior(TorchDistribution):
         return torch.zeros(self.quantizer.code_shape, dtype=torch.long, device=device)
 
 
+# Values drawn as codes -> quantiser and indices, for as long as they live. Not an attribute of the
+# value, which would be saved to disk with it.
+_drawn = WeakTensorKeyDictionary()
+
+
+def remember_codes(value: Tensor, quantizer: Quantizer, indices: Tensor) -> None:
+    """Note the indices (..., \\*code_shape) of a value, for :func:`codes_of`."""
+    _drawn[value] = (quantizer, indices)
+
+
 def codes_of(value: Tensor, quantizer: Quantizer) -> Tensor:
     """Indices of a value, (..., \\*code_shape): those it was drawn with, or of the nearest code."""
-    drawn, indices = getattr(value, "_codes", (None, None))
+    drawn, indices = _drawn.get(value, (None, None))
     if drawn is quantizer:
         return indices
     with torch.no_grad():

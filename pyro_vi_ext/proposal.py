@@ -19,6 +19,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import ImproperUniform
 
+from pyro_vi_ext.code_sites import code_site
 from pyro_vi_ext.not_finite import not_finite_sites
 from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.pareto import WeightSummary
@@ -211,6 +212,8 @@ def _check_densities(run: Run) -> None:
         auxiliary = {name for name, site in guide.items() if site["infer"].get("is_auxiliary")}
         for name, site in guide.items():
             if name in auxiliary or not is_delta(site) or is_delta(model[name]):
+                continue
+            if code_site(model[name]["fn"]) is not None:  # a probability: its ratio is one
                 continue
             if not parents.get(name, frozenset()) & auxiliary:  # else: a change of variables
                 raise ValueError(

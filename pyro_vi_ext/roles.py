@@ -25,6 +25,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch.distributions import Distribution, biject_to
 
+from pyro_vi_ext.code_sites import VectorQuantized, code_site
+
 __all__ = ["GuideRoles", "TrackSites", "guide_roles"]
 
 
@@ -64,11 +66,11 @@ class GuideRoles:
 
 
 def is_delta(site: dict) -> bool:
-    """Whether a site is a point mass, whatever it is wrapped in."""
+    """Whether a site is a point mass, whatever it is wrapped in: a ``Delta``, or one on a code."""
     fn = site["fn"]
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return isinstance(fn, Delta | VectorQuantized)
 
 
 class TrackSites(Messenger):
@@ -141,6 +143,15 @@ def _check_used(sites: dict, roles: GuideRoles) -> None:
 
 
 def _check_deltas(sites: dict, roles: GuideRoles, supports: dict) -> None:
+    for name, site in sites.items():
+        auxiliary = [n for n in roles.parents[name] if sites[n]["infer"].get("is_auxiliary")]
+        if isinstance(code_site(site["fn"]), VectorQuantized) and auxiliary:
+            raise ValueError(
+                f"Guide site '{name}' is the code of a function of the auxiliary site "
+                f"'{min(auxiliary)}', so the probability of a code is an integral that is not "
+                f"computed. Let the code depend on data and latents only, or make "
+                f"'{min(auxiliary)}' a latent of the model."
+            )
     for name in sites:
         direct = sorted(roles.parents[name] & set(roles.mixing))
         if name in roles.derived:

@@ -24,6 +24,7 @@ from torch import Tensor
 from pyro_vi_ext.code_sites import VectorQuantized, code_event_dims, code_site
 from pyro_vi_ext.learned import register_learned
 from pyro_vi_ext.objective import Estimate, Objective
+from pyro_vi_ext.pair_checks import check_codes
 from pyro_vi_ext.paths import check_reparameterized
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.scoring import Scored, Term, linear_bound, pair_terms, plates_of
@@ -142,6 +143,7 @@ class VQELBO(Objective):
 
     def estimate(self, run: Run) -> Estimate:
         for pair in run.pairs:
+            check_codes(pair)  # whichever quantizers the code holds now
             check_reparameterized(pair.guide, "TraceRLOO_ELBO (which does not train codebooks)")
         run, scored, quantized = _with_initial_codes(run)
         terms = [term for part in scored for term in (*part.model, *part.guide.values())]

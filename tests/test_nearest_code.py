@@ -80,6 +80,22 @@ def test_halfway_where_arithmetic_rounds(dtype):
         assert nearest_code(z, codes).equal(brute_force(z, codes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_waiting_for_the_device(dtype):
+    """What CUDA runs: exact for ties of equal codes, and of two codes."""
+    distinct = torch.randn(10, 3, dtype=dtype)
+    codes = distinct[torch.randint(10, (64,))]
+    z = torch.cat([torch.randn(300, 3, dtype=dtype), codes])
+    scores = distances(z, codes)
+    argmin = brute_force(z, codes)
+    last = 63 - scores.flip(1).argmin(1)  # another of the nearest
+    close = scores <= scores.amin(1, keepdim=True) + 1e-5
+    assert search._first_or(last, close, z, codes).equal(argmin)
+    far = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=dtype)
+    both = torch.ones(1, 2, dtype=torch.bool)
+    assert search._first_or(torch.tensor([1]), both, far[1:], far).item() == 1
+
+
 # --- precision -----------------------------------------------------------------------------------
 
 
