@@ -151,20 +151,27 @@ def test_one_process_needs_no_others():
 # --- two processes -------------------------------------------------------------------------------
 
 
-def test_two_processes_are_one_on_the_whole_batch(tmp_path):
-    """Usage, codes, restarts and k-means, over several batches of unequal parts, one part empty."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes has found."""
+    tmp_path = tmp_path_factory.mktemp("ranks")
     script, root = Path(two_processes.__file__), Path(__file__).parents[1]
     ranks = [
         subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], cwd=root)
         for rank in range(2)
     ]
-    expected = two_processes.train(0, 1)
     try:
         assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
-    first, second = (pickle.loads((tmp_path / f"{r}.pkl").read_bytes()) for r in range(2))
+    return [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)]
+
+
+def test_two_processes_are_one_on_the_whole_batch(ranks):
+    """Usage, codes, restarts and k-means, over several batches of unequal parts, one part empty."""
+    expected = two_processes.train(0, 1)
+    first, second = (statistics for statistics, _ in ranks)
     assert list(expected) == list(two_processes.QUANTIZERS)
     for kind, steps in expected.items():
         assert len(steps) == len(first[kind]) == len(second[kind]) == 1 + len(two_processes.SPLITS)
@@ -179,3 +186,19 @@ def test_two_processes_are_one_on_the_whole_batch(tmp_path):
         codes = after["codebook"][(before["codebook"] != after["codebook"]).any(1)]
         assert len(codes) >= 2, "no restart, nothing tested"
         assert (codes.unsqueeze(1) == rows).all(2).any(1).all()
+
+
+def test_data_parallel_training_is_training_on_the_whole_batch(ranks):
+    """Parameters, codes and gradients; the loss of the whole is the mean of the parts' losses."""
+    expected = two_processes.train_model(0, 1)
+    first, second = (models for _, models in ranks)
+    assert list(expected) == list(two_processes.QUANTIZERS)
+    for kind, whole in expected.items():
+        assert list(whole) == list(first[kind])
+        for name, value in whole.items():
+            of_first, of_second = first[kind][name], second[kind][name]
+            if name == "losses":
+                of_first = (of_first + of_second) / 2
+            else:
+                assert of_first.equal(of_second), (kind, name)
+            torch.testing.assert_close(of_first, value, rtol=1e-10, atol=1e-12)
