@@ -290,7 +290,7 @@ def draw_strong(ax, rows):
     labels = [row["model"].removeprefix("strong decoder, ").replace(", ", "\n") for row in rows]
     ax.set_xticks(range(len(rows)), labels)
     ax.set(ylabel="nats per image", title="A strong decoder: what latents cost, what they tell")
-    ax.margins(y=0.15)
+    ax.margins(y=0.4)
     ax.legend(frameon=False, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -314,7 +314,7 @@ def parse(argv=None):
     add("--data", help="folder of MNIST's IDX files; scikit-learn's digits without it")
     add("--num-steps", type=int, default=2000, help="of the VQ-VAE and of the deep VAE")
     add("--num-prior-steps", type=int, default=1000, help="of the prior over codes")
-    add("--num-strong-steps", type=int, default=800, help="of each guide with a strong decoder")
+    add("--num-strong-steps", type=int, default=1500, help="of each guide with a strong decoder")
     add("--batch-size", type=int, default=100)
     add("--lr", type=float, default=0.002, help="at the start; falls to 0 along a cosine")
     add("--commitment-cost", type=float, default=0.25)
