@@ -78,7 +78,14 @@ def totals(indices: Tensor, weights: Tensor, num_codes: int, z: Tensor | None = 
     :param indices: shape (N,).
     :param weights: shape (N,).
     :param z: vectors, shape (N, D), or ``None``.
+    :raises ValueError: for weights in half precision, in which sums are wrong.
     """
+    if torch.finfo(weights.dtype).bits < 32:
+        raise ValueError(
+            f"A quantizer of {weights.dtype} cannot count its codes: sums stop growing at a few "
+            "hundred. Keep the quantizer in single precision, quantizer.float(); what it quantises "
+            "may have another dtype."
+        )
     counts = weights.new_zeros(num_codes).index_add_(0, indices, weights)
     if z is None:
         return _sum_over_processes(counts), None

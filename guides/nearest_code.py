@@ -28,7 +28,8 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     Time is N K D, memory a few times ``block`` elements plus the result. The index is that of
     ``argmin`` over directly computed distances, up to the rounding of these. On CUDA this is so for
     ties of equal codes and of two codes; among more that the product cannot tell apart, it is one
-    of them. Where all is NaN it is a valid index.
+    of them. A code that is NaN is the nearest, as it is to ``argmin``; a row that is not finite has
+    a valid index.
 
     :param z: vectors, shape (..., D).
     :param codebook: codes, shape (K, D).
@@ -46,10 +47,15 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     codes = codebook.to(dtype)
     rows = z.to(dtype).reshape(-1, codes.shape[-1])
-    center = codes.mean(0)
-    minus = (center - codes).t().contiguous()
+    finite = codes.isfinite().all(1)
+    zero = torch.zeros_like(codes)
+    center = torch.where(finite.unsqueeze(1), codes, zero).sum(0) / finite.sum().clamp(min=1)
+    minus = torch.where(finite.unsqueeze(1), center - codes, zero).t().contiguous()
     half_squares = minus.square().sum(0) / 2
     largest = half_squares.max()
+    # An infinite code is never the nearest; one that is NaN always is, so that it is not hidden.
+    beyond = torch.where(codes.isnan().any(1), torch.nan, torch.inf).to(dtype)
+    half_squares = torch.where(finite, half_squares, beyond)
     indices = torch.empty(len(rows), dtype=torch.long, device=rows.device)
     size = max(1, block // len(codes))
     for start in range(0, len(rows), size):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_vi_ext.code_sites import Quantizer, check_vectors, straight_through
+from pyro_vi_ext.code_sites import Quantizer, check_vectors
 from pyro_vi_ext.objective import positive_int
 
 from .rotation_trick import rotate
@@ -114,19 +114,8 @@ class ResidualQuantizer(Quantizer):
         """Sums of codes, shape (..., D), of int64 indices (..., L); differentiable in codebooks."""
         return sum(stage.decode(k) for stage, k in self._split(indices))
 
-    def quantize(self, z_e: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of codes and their indices.
-
-        :param z_e: encoder outputs, shape (..., D).
-        :returns: codes, shape (..., D), equal to ``decode(indices)``, whose gradient passes to
-            ``z_e`` only (straight through, or by rotation); and int64 indices, shape (..., L).
-            Where ``z_e`` is not finite, the code is NaN.
-        :raises ValueError: if the last dimension of ``z_e`` is not D.
-        """
-        indices = self.encode(z_e)
-        with torch.no_grad():
-            codes = self.decode(indices)
-        return (rotate if self.rotation_trick else straight_through)(z_e, codes), indices
+    def pass_gradient(self, z_e: Tensor, codes: Tensor) -> Tensor:
+        return rotate(z_e, codes) if self.rotation_trick else super().pass_gradient(z_e, codes)
 
     @torch.no_grad()
     def indices_of(self, z_q: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vi_ext.code_sites import Quantizer, check_vectors, straight_through
+from pyro_vi_ext.code_sites import Quantizer, check_vectors
 from pyro_vi_ext.objective import positive_int
 
 from .code_statistics import CodeUsage, draw_rows, from_first_process, gather_rows, totals
@@ -130,6 +130,8 @@ class VectorQuantizer(Quantizer):
                 f"usage_decay={usage_decay!r} out."
             )
         self.usage = CodeUsage(num_codes, next(decay for decay in decays if decay is not None))
+        # N_k: as the counts of usage, but with the uses that a code is given when it restarts.
+        self.register_buffer("code_count", torch.zeros(num_codes))
         self.register_buffer("_initialized", torch.tensor(not kmeans_init))
         self._read: tuple = ()
 
@@ -148,25 +150,14 @@ class VectorQuantizer(Quantizer):
         """Codes, shape (..., D), of int64 indices, shape (...); differentiable in the codebook."""
         return F.embedding(indices, self.codebook)
 
-    def quantize(self, z_e: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codes and their indices.
-
-        :param z_e: encoder outputs, shape (..., D).
-        :returns: codes, shape (..., D), equal to rows of the codebook, whose gradient passes to
-            ``z_e`` only (straight through, or by rotation); and int64 indices, shape (...). Where
-            ``z_e`` is not finite, the code is NaN.
-        :raises ValueError: if the last dimension of ``z_e`` is not D.
-        """
-        indices = self.encode(z_e)
-        with torch.no_grad():
-            codes = self.decode(indices)
-        return (rotate if self.rotation_trick else straight_through)(z_e, codes), indices
+    def pass_gradient(self, z_e: Tensor, codes: Tensor) -> Tensor:
+        return rotate(z_e, codes) if self.rotation_trick else super().pass_gradient(z_e, codes)
 
     # What the objective trains.
 
     @property
     def perplexity(self) -> Tensor:
-        """Perplexity of the moving average of code usage, a scalar from 1 to K.
+        """Perplexity of the moving average of code usage, a scalar from 1 to K; restarts are none.
 
         NaN before the first gradient call. For given indices:
         ``perplexity(torch.bincount(indices, minlength=K))`` of :mod:`.code_statistics`.
@@ -211,14 +202,15 @@ class VectorQuantizer(Quantizer):
         :param indices: their codes, shape (N,).
         :param weights: how often each counts, shape (N,); 0 for what is masked.
         """
-        dtype = self.usage.count.dtype
+        dtype = self.code_count.dtype
         z_e, weights = z_e.detach().to(dtype), weights.to(dtype)
         moving = self.ema_decay is not None
         counts, sums = totals(indices, weights, self.num_codes, z_e if moving else None)
         rate = self.usage.update(counts)
+        self.code_count.lerp_(counts, rate)
         if moving:
             self.code_sum.lerp_(sums, rate)
-            means = self.code_sum / self.usage.count.unsqueeze(1)
+            means = self.code_sum / self.code_count.unsqueeze(1)
             used = (counts > 0).unsqueeze(1)  # the others' means have not changed
             self.codebook.copy_(torch.where(used, means, self.codebook))
         if self.restart_threshold is not None:
@@ -229,8 +221,8 @@ class VectorQuantizer(Quantizer):
         rows = draw_rows(z_e, weights, self.num_codes)
         enough = self.restart_threshold * self.usage.weight
         rounding = torch.finfo(enough.dtype).eps ** 0.5
-        dead = (self.usage.count < enough * (1 - rounding)) & allowed
-        self.usage.count.copy_(torch.where(dead, enough, self.usage.count))
+        dead = (self.code_count < enough * (1 - rounding)) & allowed
+        self.code_count.copy_(torch.where(dead, enough, self.code_count))
         self.codebook.copy_(torch.where(dead.unsqueeze(1), rows, self.codebook))
         if self.ema_decay is not None:
             fresh = rows * enough

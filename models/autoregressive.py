@@ -18,6 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Categorical, constraints
 
+from pyro_vi_ext.code_sites import expanded
 from pyro_vi_ext.objective import positive_int
 
 __all__ = ["Autoregressive", "CausalTransformer"]
@@ -82,12 +83,7 @@ class Autoregressive(TorchDistribution):
         )
 
     def expand(self, batch_shape, _instance=None):
-        new = self.__new__(type(self))
-        new.network, new.context, new.dtype = self.network, self.context, self.dtype
-        batch_shape = torch.Size(batch_shape)
-        super(Autoregressive, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+        return expanded(self, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if value.dim() < 1 or value.shape[-1:] != self.event_shape:

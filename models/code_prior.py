@@ -21,7 +21,14 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vi_ext.code_sites import CodePrior, Quantizer, check_vectors, codes_of, remember_codes
+from pyro_vi_ext.code_sites import (
+    CodePrior,
+    Quantizer,
+    check_vectors,
+    codes_of,
+    expanded,
+    remember_codes,
+)
 from pyro_vi_ext.objective import positive_int
 
 from .autoregressive import Autoregressive, CausalTransformer
@@ -189,12 +196,7 @@ class AutoregressiveCodes(TorchDistribution):
         return constraints.independent(CodePrior(self.quantizer).support, len(self.prior.grid))
 
     def expand(self, batch_shape, _instance=None):
-        new = self.__new__(type(self))
-        new.prior, new.quantizer = self.prior, self.quantizer
-        batch_shape = torch.Size(batch_shape)
-        super(AutoregressiveCodes, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+        return expanded(self, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         check_vectors(value, self.quantizer)

@@ -12,12 +12,13 @@ its mass on one code; with an explicit prior over codes it has an ELBO like any 
 
 from __future__ import annotations
 
-import abc
+import copy
 import itertools
 import math
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,7 +26,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["CodePrior", "Quantizer", "VectorQuantized", "code_site", "codes_of"]
 
 
-class Quantizer(nn.Module, abc.ABC):
+ENUMERATED = 2**20  # most codes that are enumerated
+
+
+class Quantizer(nn.Module):
     r"""What turns vectors into codes: the interface of the quantisers of ``pyro_vi_ext.guides``.
 
     A latent has one index, or an array of indices of shape ``code_shape`` (one for each codebook of
@@ -45,17 +49,31 @@ class Quantizer(nn.Module, abc.ABC):
         """Logarithm of the number of codes of one latent: the KL to a uniform prior, nats."""
         return math.prod(self.code_shape) * math.log(self.num_codes)
 
-    @abc.abstractmethod
     def encode(self, z_e: Tensor) -> Tensor:
         """Indices, shape (..., \\*code_shape), of the codes of encoder outputs, shape (..., D)."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def decode(self, indices: Tensor) -> Tensor:
         """Codes, shape (..., D), from their indices, shape (..., \\*code_shape)."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def quantize(self, z_e: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (..., D), through which the gradient reaches z_e (..., D), and their indices."""
+        r"""The codes of encoder outputs and their indices.
+
+        :param z_e: encoder outputs, shape (..., D).
+        :returns: codes, shape (..., D), equal to ``decode(indices)``, whose gradient passes to
+            ``z_e`` only, by :meth:`pass_gradient`; and int64 indices, shape (..., \*code_shape).
+            Where ``z_e`` is not finite, the code is NaN.
+        :raises ValueError: if the last dimension of ``z_e`` is not D.
+        """
+        indices = self.encode(z_e)
+        with torch.no_grad():
+            codes = self.decode(indices)
+        return self.pass_gradient(z_e, codes), indices
+
+    def pass_gradient(self, z_e: Tensor, codes: Tensor) -> Tensor:
+        """The value of the codes, with a gradient to ``z_e``: straight through."""
+        return straight_through(z_e, codes)
 
     def indices_of(self, z_q: Tensor) -> Tensor:
         """Indices of values, shape (..., D), that are codes (up to rounding)."""
@@ -130,6 +148,7 @@ class VectorQuantized(TorchDistribution):
     has_rsample = True
 
     def __init__(self, z_e: Tensor, quantizer: Quantizer, validate_args=None):
+        check_quantizer(quantizer)
         check_vectors(z_e, quantizer)
         self.z_e, self.quantizer = z_e, quantizer
         self.z_q, self.indices = quantizer.quantize(z_e)
@@ -148,14 +167,7 @@ class VectorQuantized(TorchDistribution):
         return torch.zeros_like(self.mean)
 
     def expand(self, batch_shape, _instance=None):
-        new = self.__new__(type(self))
-        new.z_e, new.quantizer = self.z_e, self.quantizer
-        new.z_q, new.indices = self.z_q, self.indices
-        super(VectorQuantized, new).__init__(
-            torch.Size(batch_shape), self.event_shape, validate_args=False
-        )
-        new._validate_args = self._validate_args
-        return new
+        return expanded(self, batch_shape)
 
     def rsample(self, sample_shape=()) -> Tensor:
         batch_shape = torch.Size(sample_shape) + self.batch_shape
@@ -211,6 +223,7 @@ class CodePrior(TorchDistribution):
     has_enumerate_support = True
 
     def __init__(self, quantizer: Quantizer, logits: Tensor | None = None, validate_args=None):
+        check_quantizer(quantizer)
         self.quantizer, self.logits = quantizer, logits
         batch_shape = torch.Size()
         if logits is not None:
@@ -229,16 +242,12 @@ class CodePrior(TorchDistribution):
         return _Codes()
 
     def expand(self, batch_shape, _instance=None):
-        new = self.__new__(type(self))
-        new.quantizer, new.logits = self.quantizer, self.logits
-        super(CodePrior, new).__init__(
-            torch.Size(batch_shape), self.event_shape, validate_args=False
-        )
-        new._validate_args = self._validate_args
-        return new
+        return expanded(self, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         check_vectors(value, self.quantizer)
+        if self._validate_args:
+            self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         if self.logits is None:
             return value.new_full(shape, -self.quantizer.log_num_codes)
@@ -246,7 +255,7 @@ class CodePrior(TorchDistribution):
         log_probs = self.logits.log_softmax(-1)
         indices, log_probs = torch.broadcast_tensors(indices.unsqueeze(-1), log_probs)
         scores = log_probs.gather(-1, indices[..., :1]).squeeze(-1)
-        return _sum_rightmost(scores, len(self.quantizer.code_shape)).expand(shape)
+        return sum_rightmost(scores, len(self.quantizer.code_shape)).expand(shape)
 
     def sample(self, sample_shape=()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self.quantizer.code_shape
@@ -269,6 +278,11 @@ class CodePrior(TorchDistribution):
         """
         with torch.no_grad():
             num_indices = math.prod(self.quantizer.code_shape)
+            if self.quantizer.num_codes**num_indices > ENUMERATED:
+                raise NotImplementedError(
+                    f"CodePrior has {self.quantizer.num_codes}^{num_indices} codes, too many to be "
+                    f"enumerated (at most {ENUMERATED})."
+                )
             rows = itertools.product(range(self.quantizer.num_codes), repeat=num_indices)
             rows = torch.tensor(list(rows), device=self._zero().device)
             indices = rows.reshape((-1,) + self.quantizer.code_shape)
@@ -298,16 +312,20 @@ _drawn = WeakTensorKeyDictionary()
 
 def remember_codes(value: Tensor, quantizer: Quantizer, indices: Tensor) -> None:
     """Note the indices (..., \\*code_shape) of a value, for :func:`codes_of`."""
-    _drawn[value] = (quantizer, indices)
+    _drawn[value] = (quantizer, indices, _version(value))
 
 
 def codes_of(value: Tensor, quantizer: Quantizer) -> Tensor:
     """Indices of a value, (..., \\*code_shape): those it was drawn with, or of the nearest code."""
-    drawn, indices = _drawn.get(value, (None, None))
-    if drawn is quantizer:
+    drawn, indices, version = _drawn.get(value, (None, None, None))
+    if drawn is quantizer and version == _version(value):  # not written to since
         return indices
     with torch.no_grad():
         return quantizer.indices_of(value.detach())
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
 
 
 def code_site(fn):
@@ -334,18 +352,34 @@ def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
     return z_q.detach() + (z_e - z_e.detach())
 
 
+def check_quantizer(quantizer) -> None:
+    """:raises ValueError: if it is none."""
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(
+            "quantizer must be a quantizer of pyro_vi_ext.guides, such as a VectorQuantizer, got "
+            f"{type(quantizer).__name__}."
+        )
+
+
+def expanded(fn, batch_shape):
+    """A copy of a distribution whose values do not depend on its batch shape, with another one."""
+    new = copy.copy(fn)
+    new._batch_shape = torch.Size(batch_shape)
+    return new
+
+
 def check_vectors(z: Tensor, quantizer: Quantizer) -> None:
     """:raises ValueError: if the last dimension of z is not that of the codes."""
-    if z.dim() < 1 or z.shape[-1] != quantizer.code_dim:
+    if not torch.is_tensor(z) or z.dim() < 1 or z.shape[-1] != quantizer.code_dim:
         raise ValueError(
             f"Expected vectors of shape (..., {quantizer.code_dim}), the code_dim of the "
-            f"{type(quantizer).__name__}, found shape {tuple(z.shape)}. Put channels last: "
+            f"{type(quantizer).__name__}, found {_shape(z)}. Put channels last: "
             "z_e.movedim(1, -1) for the output of a convolution."
         )
 
 
-def _sum_rightmost(tensor: Tensor, dims: int) -> Tensor:
-    return tensor.sum(tuple(range(-dims, 0))) if dims else tensor
+def _shape(z) -> str:
+    return f"shape {tuple(z.shape)}" if torch.is_tensor(z) else f"a {type(z).__name__}"
 
 
 class _Codes(constraints.Constraint):

@@ -29,6 +29,7 @@ from pyro_vi_ext.learned import graph_leaves
 from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.progress import progress_bar
 from pyro_vi_ext.tracing import SharedSubsample
+from pyro_vi_ext.vector_quantized import codes_at_rest
 
 __all__ = ["GradientReport", "GradientRow", "gradient_report"]
 
@@ -177,11 +178,11 @@ def gradient_report(
 ) -> GradientReport:
     r"""Measure gradient estimators on one model and guide as they are.
 
-    Each objective is called ``num_repeats`` times; parameters do not move, and subsampled plates
-    keep one minibatch. Where the guide has Bernoulli, Categorical and OneHotCategorical draws only,
-    and few joint values per unit, the exact gradient of the ELBO is enumerated, and bias is told
-    from noise; of an objective that is not the ELBO (a bound with several weights, a relaxation) it
-    is the difference between the two.
+    Each objective is called ``num_repeats`` times; parameters and codebooks do not move, and
+    subsampled plates keep one minibatch. Where the guide has Bernoulli, Categorical and
+    OneHotCategorical draws only, and few joint values per unit, the exact gradient of the ELBO is
+    enumerated, and bias is told from noise; of an objective that is not the ELBO (a bound with
+    several weights, a relaxation) it is the difference between the two.
 
     :param objectives: the objectives to compare: a sequence, or a mapping from names.
     :param model: the model, as given to ``SVI``.
@@ -222,7 +223,7 @@ def gradient_report(
     pair = (subsample(model), subsample(guide))
     exact, leaves = None, None
     rows = []
-    with progress_bar(progress, len(named) * (num_repeats + num_training)) as bar:
+    with codes_at_rest(), progress_bar(progress, len(named) * (num_repeats + num_training)) as bar:
         for name, objective in named.items():
             loss = objective.differentiable_loss(*pair, *args, **kwargs)
             if leaves is None:

@@ -159,5 +159,7 @@ def check_single(run: Run, pair: TracePair) -> None:
 def log_prob(site: dict) -> torch.Tensor:
     """At another tensor of the same value: what a transform inverts here has no gradient, and it
     remembers its latest."""
-    value = site["value"].detach() if torch.is_tensor(site["value"]) else site["value"]
+    value = site["value"]
+    if torch.is_tensor(value) and code_site(site["fn"]) is None:  # codes are known by their tensor
+        value = value.detach()
     return site["fn"].log_prob(value, *site["args"], **site["kwargs"])

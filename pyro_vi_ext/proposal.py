@@ -12,6 +12,7 @@ be many, and standard errors come from the differences between them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import ImproperUniform
 
-from pyro_vi_ext.code_sites import code_site
+from pyro_vi_ext.code_sites import VectorQuantized, code_site
 from pyro_vi_ext.not_finite import not_finite_sites
 from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.pareto import WeightSummary
@@ -110,8 +111,10 @@ class Proposal:
 
         :raises ValueError: if no weights per unit exist, or one is NaN or ``+inf``.
         """
+        warned = False
         for run, particles in self.draws():
             _check_densities(run)
+            warned = warned or _warn_codes(run)
             terms = [term for row in particles for term in row]
             plates = unit_plates(terms)
             scale = unit_scale(terms, plates, "An importance weight (unlike elbo_terms)")
@@ -222,6 +225,21 @@ def _check_densities(run: Run) -> None:
                     "AutoNormal; elbo_terms, which takes point masses; or, for a known value, "
                     f"pyro.condition(model, {{'{name}': value}})."
                 )
+
+
+def _warn_codes(run: Run) -> bool:
+    """Say what weights cannot see when all mass is on one code. True: once is enough."""
+    sites = sample_sites(run.pairs[0].guide).items()
+    names = [n for n, s in sites if isinstance(code_site(s["fn"]), VectorQuantized)]
+    if names:
+        warnings.warn(
+            f"The guide has all its mass at site '{names[0]}' on one code, so no draw reaches "
+            "another one: this is the ELBO of the codes, a lower bound, and its standard error, "
+            "effective sample size and Pareto k say nothing of what the other codes add.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return True
 
 
 def _check_weights(log_w: torch.Tensor, terms: Sequence[Term]) -> None:

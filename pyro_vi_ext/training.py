@@ -85,7 +85,8 @@ def fit(
     the result is bit for bit that of a run that was never interrupted: losses, parameters,
     optimizer and random states. What that needs: every ``pyro.param`` is used in the first step;
     other state changes only in buffers and parameters of modules that model, guide or loss are,
-    are methods of, or refer to; nothing random happens inside ``DataLoader`` *workers*.
+    are methods of, refer to, or are given as arguments; nothing random happens inside
+    ``DataLoader`` *workers*.
 
     :param target: a :class:`pyro.infer.SVI`; or a module that returns a differentiable loss.
     :param args: arguments of model and guide, and of a module. A map-style ``DataLoader`` among
@@ -165,6 +166,7 @@ def fit(
     _check_at_least("checkpoint_every", checkpoint_every, 1)
 
     trainer = make_trainer(target, optimizer, scheduler, guide_steps)
+    trainer.watch(args, kwargs)
     feed = Minibatches(args, kwargs)
     saved = _open_checkpoint(checkpoint, resume, trainer.kind, guide_steps)
     losses: list[float] = []

@@ -15,10 +15,14 @@ here it stays, so that the model has a bound.
 from __future__ import annotations
 
 import math
+import numbers
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
+import pyro
 import torch
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_vi_ext.code_sites import VectorQuantized, code_event_dims, code_site
@@ -72,12 +76,13 @@ class VQELBO(Objective):
     guide are random. It is **not a negative bound**: the two penalties come on top of one. The
     bound is in :meth:`parts`, and what :func:`~pyro_vi_ext.elbo_terms` reports.
 
-    Squared errors are summed over the dimension of the codes and over positions, and are masked and
-    scaled (:math:`s_u`: N/B of a subsampled plate, ``poutine.scale``) like the log-probabilities.
+    Squared errors are summed over the dimension of the codes and over positions. They are masked
+    and scaled like the model's log-probability at the site (:math:`s_u`: N/B of a subsampled plate,
+    ``poutine.scale``; so annealing the KL there anneals them too).
     Gradients: encoder, through the code (straight through, or as its quantiser has it) and
     the commitment loss; codebook, through the codebook loss only; biased for the encoder, since
     the choice of the code has no derivative. Other sites of the guide must be reparameterised;
-    they have the gradient of ``Trace_ELBO``.
+    they have the gradient of ``Trace_ELBO``, and where a code depends on them, the encoder's.
 
     Once in each gradient call, quantisers in training mode move their statistics, from the
     unmasked units and without regard to scales: moving averages, usage counts, restarts; and
@@ -124,7 +129,8 @@ class VQELBO(Objective):
         max_plate_nesting=float("inf"),
         vectorize_particles=True,
     ):
-        if not 0 <= commitment_cost < math.inf:
+        number = isinstance(commitment_cost, numbers.Real) and commitment_cost is not True
+        if not number or not 0 <= commitment_cost < math.inf:
             raise ValueError(
                 f"commitment_cost must be a finite number >= 0, got {commitment_cost!r}."
             )
@@ -145,7 +151,7 @@ class VQELBO(Objective):
         for pair in run.pairs:
             check_codes(pair)  # whichever quantizers the code holds now
             check_reparameterized(pair.guide, "TraceRLOO_ELBO (which does not train codebooks)")
-        run, scored, quantized = _with_initial_codes(run)
+        run, scored, quantized = _ready(run)
         terms = [term for part in scored for term in (*part.model, *part.guide.values())]
         data = [term for term in terms if term.sign > 0 and term.site["is_observed"]]
         latent = [term for term in terms if term.sign < 0 or not term.site["is_observed"]]
@@ -160,33 +166,51 @@ class VQELBO(Objective):
         )
         loss = parts.loss
         self.latest = VQParts(*(part.detach() for part in vars(parts).values()))
-        if torch.is_grad_enabled():
-            _register(run, quantized)
+        if _moving():
             _update(run, quantized, loss.detach().isfinite())
         return Estimate(loss, terms=terms)
 
 
+@contextmanager
+def codes_at_rest():
+    """Inside, gradient calls neither start codebooks nor move what they keep of the batches."""
+    token = _at_rest.set(True)
+    try:
+        yield
+    finally:
+        _at_rest.reset(token)
+
+
+_at_rest: ContextVar[bool] = ContextVar("codes_at_rest", default=False)
+
+
+def _moving() -> bool:
+    return torch.is_grad_enabled() and not _at_rest.get()
+
+
 @dataclass
 class QuantizedSite:
-    """A latent of the guide that is a code: its distribution, site and mask."""
+    """A quantised site of the guide: its distribution, mask and scale (the model's)."""
 
     name: str
     fn: VectorQuantized
     event_dims: int
     mask: object
+    scale: float | Tensor
     site: dict
 
     def penalties(self) -> tuple[Term, Term]:
         """Codebook and commitment loss as terms, summed over the event dimensions."""
+        z_e = self.fn.z_e
+        if torch.is_tensor(self.mask):  # what is masked may be NaN, and would be in the gradient
+            z_e = torch.where(self.weights().unsqueeze(-1) > 0, z_e, 0.0)
         return tuple(
-            Term(self.name, self._masked(part), self.site["scale"], plates_of(self.site), +1, None)
-            for part in self.fn.quantizer.penalties(self.fn.z_e, self.fn.indices)
+            Term(self.name, self._masked(part), self.scale, plates_of(self.site), +1)
+            for part in self.fn.quantizer.penalties(z_e, self.fn.indices)
         )
 
     def _masked(self, part: Tensor) -> Tensor:
-        part = part.expand(self.fn.batch_shape)
-        if self.event_dims:
-            part = part.sum(tuple(range(-self.event_dims, 0)))
+        part = sum_rightmost(part.expand(self.fn.batch_shape), self.event_dims)
         return scale_and_mask(part, 1.0, self.mask)
 
     def weights(self) -> Tensor:
@@ -199,18 +223,21 @@ class QuantizedSite:
 
 
 def quantized_sites(pair: TracePair, scored: Scored) -> list[QuantizedSite]:
-    """The quantised sites of the guide that are latents of the model."""
+    """The quantised sites of the guide, also auxiliary ones."""
+    scales = {term.name: term.scale for term in scored.model}
     sites = []
     for name, site in sample_sites(pair.guide).items():
         fn = code_site(site["fn"])
         if isinstance(fn, VectorQuantized):
-            dims = code_event_dims(site["fn"])
-            sites.append(QuantizedSite(name, fn, dims, scored.masks.get(name), site))
+            dims, mask = code_event_dims(site["fn"]), scored.masks.get(name)
+            scale = scales.get(name, site["scale"])
+            sites.append(QuantizedSite(name, fn, dims, mask, scale, site))
     return sites
 
 
-def _with_initial_codes(run: Run) -> tuple[Run, list[Scored], list[QuantizedSite]]:
-    """The run, scored; made again after each start of a codebook, those upstream first."""
+def _ready(run: Run) -> tuple[Run, list[Scored], list[QuantizedSite]]:
+    """The run, scored; made again after each codebook that was replaced by what the parameter store
+    holds, or that starts from this batch, those upstream first."""
     while True:
         scored = [pair_terms(run, pair) for pair in run.pairs]
         quantized = [
@@ -218,33 +245,37 @@ def _with_initial_codes(run: Run) -> tuple[Run, list[Scored], list[QuantizedSite
             for pair, part in zip(run.pairs, scored, strict=True)
             for site in quantized_sites(pair, part)
         ]
-        waiting = [s for s in quantized if s.fn.quantizer.needs_initialization]
-        if not waiting or not torch.is_grad_enabled():
-            return run, scored, quantized
-        quantizer = waiting[0].fn.quantizer
-        z_e, _, weights = _vectors([s for s in waiting if s.fn.quantizer is quantizer])
-        quantizer.initialize(z_e, weights)
-        if quantizer.needs_initialization:  # nothing to start from; NaN is reported with the loss
-            return run, scored, quantized
+        if not _register(run, quantized):
+            waiting = [s for s in quantized if s.fn.quantizer.needs_initialization]
+            if not waiting or not _moving():
+                return run, scored, quantized
+            quantizer = waiting[0].fn.quantizer
+            z_e, _, weights = _vectors([s for s in waiting if s.fn.quantizer is quantizer])
+            quantizer.initialize(z_e, weights)
+            if quantizer.needs_initialization:  # nothing to start from; NaN is said with the loss
+                return run, scored, quantized
         run = run.again()
 
 
-def _register(run: Run, quantized: list[QuantizedSite]) -> None:
-    """See to it that the optimizer of an ``SVI`` finds the codebooks."""
-    nodes = [
-        node
-        for pair in run.pairs
-        for trace in (pair.guide, pair.model)
-        for node in trace.nodes.values()
-    ]
-    params = [node["value"] for node in nodes if node["type"] == "param"]
+def _register(run: Run, quantized: list[QuantizedSite]) -> bool:
+    """See to it that the optimizer of an ``SVI`` finds the codebooks.
+
+    :returns: whether one was replaced by what the parameter store holds under its name.
+    """
+    pairs = [trace for pair in run.pairs for trace in (pair.guide, pair.model)]
+    params = [node["value"] for t in pairs for node in t.nodes.values() if node["type"] == "param"]
     known = {id(getattr(p, "unconstrained", lambda p=p: p)()) for p in params}
+    store, replaced = pyro.get_param_store(), False
     for site in quantized:
         quantizer = site.fn.quantizer
         own = [p for p in quantizer.parameters() if p.requires_grad]
-        if any(id(p) not in known for p in own):
+        new = [p for p in own if id(p) not in known and store.param_name(p) is None]
+        if new:
             register_learned(quantizer, f"{site.name}.quantizer", quantizer)
-            known |= {id(p) for p in own}
+            found = [p for p in quantizer.parameters() if p.requires_grad]
+            replaced |= [*map(id, found)] != [*map(id, own)]
+        known |= {id(p) for p in quantizer.parameters()}
+    return replaced
 
 
 def _update(run: Run, quantized: list[QuantizedSite], finite: Tensor) -> None:

@@ -182,7 +182,8 @@ def test_the_bound_counts_the_learned_prior_and_stays_below_the_exact_evidence()
         assert float(parts.kl) == pytest.approx(float(kl.sum()), rel=1e-12)
         assert float(parts.negative_elbo) == pytest.approx(-float(elbo.sum()), rel=1e-12)
     # The guide has all its mass on one code: no number of particles finds the others.
-    estimate = log_evidence(model, guide, x, num_particles=20)
+    with pytest.warns(UserWarning, match="all its mass at site 'z' on one code"):
+        estimate = log_evidence(model, guide, x, num_particles=20)
     assert torch.allclose(estimate.log_evidence, elbo, rtol=1e-10)
 
 

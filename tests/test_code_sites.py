@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule
 from torch.distributions.utils import logits_to_probs
 
 from pyro_vi_ext import (
@@ -430,7 +431,8 @@ def test_readings_of_the_bound():
     assert terms.kl["z"].value == pytest.approx(kl)
     assert terms.reconstruction["x"].value == pytest.approx(bound + kl)
     assert terms.entropy.value == 0 and terms.elbo.standard_error == pytest.approx(0, abs=1e-12)
-    assert float(log_evidence(model, guide, x, num_particles=30)) == pytest.approx(bound)
+    with pytest.warns(UserWarning, match="all its mass at site 'z' on one code"):
+        assert float(log_evidence(model, guide, x, num_particles=30)) == pytest.approx(bound)
     data_of_fit = export(model, guide, x, num_draws=4)
     assert (stats(data_of_fit, "log_weight") - bound).abs().max() < 1e-10
     assert data_of_fit["posterior"]["z"].dims == ("chain", "draw", "data", "z_dim_1")
@@ -577,3 +579,31 @@ def test_export_of_a_subsampled_guide_has_the_codes_of_all_data():
     expected = own.decode(own.encode(x)).detach()
     for draw in exported.posterior["z"].values[0]:
         torch.testing.assert_close(torch.tensor(draw), expected)
+
+
+def test_values_that_were_written_to_have_new_codes():
+    own, logits = quantizer(), torch.randn(K)
+    value = VectorQuantized(data(), own).sample()
+    indices = codes_of(value, own)
+    other = (indices + 1) % K
+    with torch.no_grad():
+        value.copy_(own.decode(other))
+    assert torch.equal(codes_of(value, own), other)
+    torch.testing.assert_close(CodePrior(own, logits).log_prob(value), logits.log_softmax(0)[other])
+
+
+def test_pyro_modules_of_quantizers():
+    own = PyroModule[VectorQuantizer](4, 2)
+    assert isinstance(own, VectorQuantizer)
+    assert VectorQuantized(torch.randn(3, 2), own).sample().shape == (3, 2)
+
+
+def test_what_is_no_quantizer_is_refused():
+    for make in (
+        lambda: VectorQuantized(torch.randn(3, 2), None),
+        lambda: CodePrior(torch.randn(4, 2)),
+    ):
+        with pytest.raises(ValueError, match="quantizer must be a quantizer"):
+            make()
+    with pytest.raises(ValueError, match="found a list"):
+        VectorQuantized([[1.0, 2.0]], quantizer())

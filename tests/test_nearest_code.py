@@ -161,6 +161,15 @@ def test_rows_that_are_not_finite_have_a_valid_index(bad):
     assert found[fine].equal(expected[fine])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("block", [7, 2**22])
+def test_codes_that_are_not_finite_are_those_of_argmin(bad, block):
+    """An infinite one is never the nearest; NaN always is, and so does not hide."""
+    z, codes = torch.randn(50, 3), torch.randn(6, 3)
+    codes[2, 1] = bad
+    assert nearest_code(z, codes, block).equal(brute_force(z, codes))
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 

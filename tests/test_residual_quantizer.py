@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 
-from pyro_vi_ext import VQELBO
+from pyro_vi_ext import VQELBO, elbo_terms
 from pyro_vi_ext.code_sites import codes_of
 from pyro_vi_ext.guides import CodePrior, ResidualQuantizer, VectorQuantized, VectorQuantizer
 from pyro_vi_ext.guides.rotation_trick import rotate
@@ -486,3 +486,25 @@ def test_shapes_that_do_not_fit_are_errors():
         quantizer.decode(torch.zeros(5, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"logits of shape \(\.\.\., 3, 4\)"):
         CodePrior(quantizer, torch.zeros(K))
+
+
+def test_a_learned_prior_over_more_codes_than_can_be_searched():
+    """Values carry their indices through particles, checks and readings of the bound."""
+    own = ResidualQuantizer(3, 30, 2).double()
+    logits = torch.randn(3, 30)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", CodePrior(own, logits))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", VectorQuantized(x, own))
+
+    x = torch.randn(5, 2)
+    indices = own.encode(x)
+    log_p = logits.log_softmax(-1)[torch.arange(3), indices].sum()
+    kl = elbo_terms(model, guide, x, num_particles=3).kl["z"].value
+    assert kl == pytest.approx(-float(log_p))
+    assert float(VQELBO(num_particles=3).parts(model, guide, x).kl) == pytest.approx(kl)

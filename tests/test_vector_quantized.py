@@ -1,5 +1,6 @@
 """VQELBO: its loss by hand, its gradients in closed form, what moves and when."""
 
+import gc
 import itertools
 import math
 
@@ -12,7 +13,7 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_vi_ext import VQELBO, VQParts, elbo_terms, log_evidence
+from pyro_vi_ext import VQELBO, VQParts, elbo_terms, gradient_report, guide_report, log_evidence
 from pyro_vi_ext.guides import CodePrior, VectorQuantized, VectorQuantizer
 
 from .resuming import adam, check_resumed
@@ -194,9 +195,11 @@ def test_the_bound_inside_is_the_elbo_and_below_the_evidence():
     assert elbo_terms(model, guide, x, num_particles=2).elbo.value == pytest.approx(
         float(elbo.sum())
     )
-    torch.testing.assert_close(
-        log_evidence(model, guide, x, num_particles=30).log_evidence, elbo.detach()
-    )
+    with pytest.warns(UserWarning, match="all its mass at site 'z' on one code"):
+        found = log_evidence(model, guide, x, num_particles=30).log_evidence
+    torch.testing.assert_close(found, elbo.detach())
+    with pytest.warns(UserWarning, match="all its mass at site 'z' on one code"):
+        guide_report(model, guide, x, num_particles=30)
     assert bool((elbo < evidence).all())
     # Under a uniform prior the KL of a latent is log(num_codes), whatever the code.
     logits = torch.zeros(3)
@@ -396,6 +399,63 @@ def test_a_codebook_shared_by_two_sites_moves_once():
     torch.testing.assert_close(quantizer.usage.count, 0.1 * counts)
 
 
+def test_masked_nan_is_in_no_gradient():
+    """Neither the encoder's nor that of the code that a NaN vector is given."""
+    quantizer = VectorQuantizer(3, 2)
+    encoder, mask = nn.Linear(2, 2), torch.tensor([True, False, True, True])
+    bad = torch.where(mask, 0.0, torch.nan).unsqueeze(1)
+
+    def model(x):
+        with pyro.plate("data", 4), poutine.mask(mask=mask):
+            z = pyro.sample("z", CodePrior(quantizer))
+            z = torch.where(mask.unsqueeze(1), z, 0.0)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", 4), poutine.mask(mask=mask):
+            pyro.sample("z", VectorQuantized(encoder(x) + bad, quantizer))
+
+    with pyro.validation_enabled(False):
+        assert math.isfinite(VQELBO().loss_and_grads(model, guide, torch.randn(4, 2)))
+    for p in (*encoder.parameters(), quantizer.codebook):
+        assert bool(p.grad.isfinite().all()) and bool(p.grad.any())
+
+
+def test_penalties_have_the_scale_of_the_model():
+    """Log q is 0, so the guide's own scale changes nothing: it is the model's that counts."""
+    quantizer = VectorQuantizer(3, 2)
+    x = torch.randn(6, 2)
+
+    def pair(size, scale):
+        def model(x):
+            index = torch.arange(6)
+            with pyro.plate("data", size, subsample=index), poutine.scale(scale=scale):
+                z = pyro.sample("z", CodePrior(quantizer))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return model
+
+    def guide(x):
+        with pyro.plate("data", 6):
+            pyro.sample("z", VectorQuantized(x, quantizer))
+
+    one, many = (VQELBO().parts(poutine.scale(pair(6, 1.0), s), guide, x) for s in (1.0, 20.0))
+    for name in vars(one):
+        assert float(getattr(many, name)) == pytest.approx(20 * float(getattr(one, name)))
+
+
+def test_measuring_gradients_moves_nothing():
+    pair = Pair(kmeans_init=True, restart_threshold=100.0)
+    pair.log_sd.data.fill_(-20.0)  # next to no noise
+    before = state(pair.z_codes, pair.w_codes)
+    report = gradient_report(VQELBO(), pair.model, pair.guide, pair.x, num_repeats=3)
+    assert same(before, state(pair.z_codes, pair.w_codes))
+    assert report.rows[0].variance < 1e-8
+    VQELBO().loss_and_grads(pair.model, pair.guide, pair.x)
+    assert not same(before, state(pair.z_codes, pair.w_codes))
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -484,10 +544,67 @@ def test_training_resumes_exactly(ema_decay, when, tmp_path):
     check_resumed(make, when, tmp_path)
 
 
+def test_a_stored_codebook_is_there_from_the_first_evaluation(tmp_path):
+    """A parameter store that was loaded replaces a fresh codebook before anything is scored."""
+    _, _, x, _ = blobs(None, False)
+
+    def fresh(optim):
+        model, guide, _, _ = blobs(VectorQuantizer(3, 2), False)
+        return SVI(model, guide, optim, VQELBO())
+
+    svi = fresh(adam())
+    for _ in range(3):
+        svi.step(x)
+    expected = svi.evaluate_loss(x)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    del svi
+    for step in (False, True):
+        gc.collect()
+        pyro.clear_param_store()
+        pyro.get_param_store().load(tmp_path / "store.pt")
+        svi = fresh(pyro.optim.SGD({"lr": 0.0}))
+        assert (svi.step if step else svi.evaluate_loss)(x) == pytest.approx(expected)
+        del svi
+
+
+def test_a_codebook_hidden_from_the_optimizer_stays():
+    """The usual way to freeze a guide."""
+    quantizer = VectorQuantizer(3, 2)
+    model, guide, x, _ = blobs(quantizer, True)
+    guide(x)  # registered
+    hidden = poutine.block(guide, hide_types=["param"])
+    before = quantizer.codebook.detach().clone()
+    svi = SVI(model, hidden, adam(), VQELBO())
+    svi.step(x)
+    assert torch.equal(quantizer.codebook, before)
+    assert list(pyro.get_param_store()) == ["own_name$$$codebook"]
+
+
+def test_a_quantizer_among_the_arguments_resumes_too(tmp_path):
+    def model(x, quantizer):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", CodePrior(quantizer))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x, quantizer):
+        weight = pyro.param("weight", torch.eye(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", VectorQuantized(x @ weight, quantizer))
+
+    def make():
+        torch.manual_seed(4)
+        x, quantizer = torch.randn(20, 2), VectorQuantizer(3, 2, 0.9, kmeans_init=True)
+        svi = SVI(model, guide, adam(), VQELBO())
+        svi.net = quantizer
+        return svi, (x, quantizer), {}
+
+    check_resumed(make, 4, tmp_path)
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cost", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("cost", [-0.1, float("nan"), float("inf"), None, "1", True])
 def test_commitment_cost_is_a_finite_number(cost):
     with pytest.raises(ValueError, match="commitment_cost must be"):
         VQELBO(cost)

@@ -245,6 +245,24 @@ def test_perplexity_and_usage():
     torch.testing.assert_close(quantizer.usage.count, torch.tensor([0.25, 0.5, 0.25, 1.0]))
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_restarts_hide_no_collapse(ema_decay):
+    """One code is used, however many have moved."""
+    quantizer = make(64, 2, ema_decay, restart_threshold=1.0)
+    z_e, first = torch.randn(1, 2).repeat(100, 1), torch.zeros(100, dtype=torch.long)
+    for _ in range(50):
+        quantizer.update(z_e, first, torch.ones(100))
+    assert quantizer.perplexity.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_quantizer_in_half_precision_cannot_count(dtype):
+    quantizer = make(2, 1, 0.5).to(dtype)
+    z_e = torch.full((1000, 1), 1.25, dtype=dtype)
+    with pytest.raises(ValueError, match="Keep the quantizer in single precision"):
+        quantizer.update(z_e, torch.ones(1000, dtype=torch.long), torch.ones(1000))
+
+
 def test_gradients_train_no_averages():
     """Without ema_decay an update moves counts alone."""
     quantizer = make()
@@ -270,15 +288,16 @@ def test_only_codes_that_are_hardly_used_restart(ema_decay):
         other.load_state_dict(before)
         quantizer.update(z_e, indices, weights)
         other.update(z_e, indices, weights)
-        dead = other.usage.per_batch < threshold
+        dead = other.code_count / other.usage.weight < threshold
         found, without = state(quantizer), state(other)
         restarted += int(dead.sum())
         assert found["codebook"][~dead].equal(without["codebook"][~dead])
         rows = z_e[weights > 0]
         new = found["codebook"][dead]
         assert (new.unsqueeze(1) == rows).all(2).any(1).all()
-        count = torch.where(dead, threshold * without["usage.weight"], without["usage.count"])
-        assert found["usage.count"].equal(count)
+        count = torch.where(dead, threshold * without["usage.weight"], without["code_count"])
+        assert found["code_count"].equal(count)
+        assert found["usage.count"].equal(without["usage.count"])  # a restart is no use
         assert found["usage.weight"].equal(without["usage.weight"])
         if ema_decay:
             expected = new * (threshold * found["usage.weight"])
@@ -307,7 +326,8 @@ def test_a_restarted_code_is_an_average_that_starts_there():
     quantizer = make(2, 1, 0.5, restart_threshold=2.0, codes=torch.tensor([[0.0], [9.0]]))
     quantizer.update(torch.full((4, 1), 1.0), torch.tensor([0] * 4), torch.ones(4))
     assert quantizer.codebook.flatten().tolist() == [1.0, 1.0]
-    assert quantizer.usage.per_batch.tolist() == [4.0, 2.0]
+    assert (quantizer.code_count / quantizer.usage.weight).tolist() == [4.0, 2.0]
+    assert quantizer.usage.per_batch.tolist() == [4.0, 0.0]  # nothing has used it yet
     z_e = torch.tensor([[1.0], [5.0], [5.0], [5.0]])
     quantizer.update(z_e, torch.tensor([0, 1, 1, 1]), torch.ones(4))
     # code 1: a count of 2 * 0.5, halved, of the row 1, and 0.5 * 3 new uses of 5
@@ -500,7 +520,7 @@ def test_loading_a_state_from_before_kmeans_takes_it_back():
 
 
 def test_everything_that_moves_is_in_the_state():
-    ema = {"codebook", "code_sum", "usage.count", "usage.weight", "_initialized"}
+    ema = {"codebook", "code_sum", "code_count", "usage.count", "usage.weight", "_initialized"}
     quantizer = VectorQuantizer(4, 2, ema_decay=0.9)
     assert set(quantizer.state_dict()) == ema and not list(quantizer.parameters())
     quantizer = VectorQuantizer(4, 2)
