@@ -32,6 +32,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/importance_weighted.py
 	$(BIN)/python benchmarks/discrete.py
 	$(BIN)/python benchmarks/vector_quantized.py
+	$(BIN)/python benchmarks/cavi.py
 
 docs: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"

@@ -1,0 +1,17 @@
+"""Coordinate-ascent variational inference, derived from an ordinary NumPyro model.
+
+Needs the extra ``numpyro``.
+"""
+
+try:
+    import jax  # noqa: F401
+    import numpyro  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "pyro_vi_ext.cavi needs JAX and NumPyro: pip install pyro_vi_ext[numpyro]"
+    ) from error
+
+from pyro_vi_ext.cavi.coordinate_ascent import CAVI, CAVIResult
+from pyro_vi_ext.cavi.derivation import NotConjugateError
+
+__all__ = ["CAVI", "CAVIResult", "NotConjugateError"]
