@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 
-from pyro_vi_ext.cavi.derivation import NotConjugateError, derive, unwrapped
+from pyro_vi_ext.cavi.derivation import NotConjugateError, derive
 from pyro_vi_ext.cavi.explanation import explain
 from pyro_vi_ext.cavi.plan import Plan, make_plan
 from pyro_vi_ext.cavi.starts import first_moments
@@ -71,9 +71,7 @@ class CAVI:
     model's own at a draw from the prior.
 
     Each latent site is one factor, independent over its elements, except axes of Gaussian sites
-    that meet in a product (weights of a regression), which have one joint Gaussian. A mask at a
-    latent is dropped (its density is normalised): where nothing else depends on the latent, its
-    factor is its prior.
+    that meet in a product (weights of a regression), which have one joint Gaussian.
 
     :param model: a NumPyro model. Distributions: Normal, MultivariateNormal (precision_matrix;
         known covariance_matrix or scale_tril), LogNormal, Gamma, InverseGamma, Exponential, Beta,
@@ -275,7 +273,7 @@ def _named_data(model, args, kwargs) -> dict[str, np.ndarray]:
 
 
 def _log_joint(model, args, kwargs, example) -> tuple[float, float]:
-    """The log joint, with masks of latents dropped, and the sum of its terms' sizes."""
+    """The log joint, and the sum of its terms' sizes."""
 
     @jax.jit
     def evaluate(values):
@@ -284,17 +282,10 @@ def _log_joint(model, args, kwargs, example) -> tuple[float, float]:
         total = size = 0.0
         for site in handlers.trace(seeded).get_trace(*args, **kwargs).values():
             if site["type"] == "sample":
-                fn = site["fn"] if site["is_observed"] else without_mask(site["fn"])
                 scale = 1.0 if site["scale"] is None else site["scale"]
-                log_p = fn.log_prob(site["value"]) * scale
+                log_p = site["fn"].log_prob(site["value"]) * scale
                 total, size = total + log_p.sum(), size + jnp.abs(log_p).sum()
         return total, size
 
     total, size = evaluate(example)
     return float(total), float(size)
-
-
-def without_mask(fn):
-    """A distribution whose own masks are gone."""
-    base, _, claimed = unwrapped(fn)
-    return base.expand(fn.batch_shape + fn.event_shape[:claimed]).to_event(claimed)

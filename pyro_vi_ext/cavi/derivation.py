@@ -208,8 +208,6 @@ class _Record:
                     f"log-density is not known here. Supported: {', '.join(sorted(DENSITIES))}."
                 )
             scale = site.get("scale")
-            # A latent's own mask is dropped: its density is normalised, the evidence the same.
-            masks = masks if site["is_observed"] else []
             result[name] = {
                 "parameters": found.parameters(fn),
                 "value": site["value"],
@@ -249,6 +247,12 @@ def _log_density(name, site, found, latents, algebra) -> Expr:
     try:
         masks = zip(found["masks"], site["masks"], strict=False)
         weights = [_weight(x, right, "mask") for x, right in masks]
+        if name in latents and any((weight == 0).any() for weight in weights):
+            raise NotConjugateError(
+                f"Latent site '{name}' is masked: at masked elements it has no density, so its "
+                "factor has none either. Leave these elements out of the model (an obs_mask makes "
+                "such latents: index the observed rows instead); masks of observed sites are fine."
+            )
         if isinstance(value, np.ndarray) and weights:
             value = _filled(value, weights, site)
         weights += [_weight(x, site["claimed"], "scale") for x in found["scales"]]

@@ -94,7 +94,7 @@ def make_plan(derivation: Derivation) -> Plan:
     """:raises NotConjugateError: if a term has a moment of which no closed form is known."""
     joint = {name: set() for name in derivation.latents}
     for term, source in zip(derivation.terms, derivation.sources, strict=True):
-        for name in {atom.site for atom in term.atoms}:
+        for name in dict.fromkeys(atom.site for atom in term.atoms):
             joint[name] |= _joint_axes(derivation, name, term, source)
     factors = {}
     for name, latent in derivation.latents.items():
@@ -234,7 +234,9 @@ def _value(product: Product, arrays, moments, xp):
         operands += [array, [name(label) for label in labels]]
     if not operands:
         return arrays[product.coefficient]
-    return arrays[product.coefficient] * xp.einsum(*operands, [], optimize="optimal")
+    return arrays[product.coefficient] * xp.einsum(
+        *operands, [], optimize="optimal" if len(operands) <= 12 else "greedy"
+    )
 
 
 def _taken(array, entries: tuple, arrays, xp):
