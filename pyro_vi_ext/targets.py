@@ -71,12 +71,6 @@ class Trainer:
         self.leaves: dict[str, torch.Tensor] = {}  # unconstrained, by name in the parameter store
         self.before: torch.Tensor | None = None  # the random state before the step
 
-    def watch(self, args, kwargs) -> None:
-        """Modules among the arguments have state too."""
-        arguments = {str(key): thing for key, thing in (*enumerate(args), *kwargs.items())}
-        given = {key: m for key, m in arguments.items() if isinstance(m, torch.nn.Module)}
-        self.modules |= {f"argument {key}": module for key, module in given.items()}
-
     def state(self) -> dict:
         leaves = self._stored()
         return {

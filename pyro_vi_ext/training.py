@@ -166,7 +166,7 @@ def fit(
     _check_at_least("checkpoint_every", checkpoint_every, 1)
 
     trainer = make_trainer(target, optimizer, scheduler, guide_steps)
-    trainer.watch(args, kwargs)
+    trainer.modules |= _modules_given(args, kwargs)
     feed = Minibatches(args, kwargs)
     saved = _open_checkpoint(checkpoint, resume, trainer.kind, guide_steps)
     losses: list[float] = []
@@ -265,6 +265,12 @@ def _open_checkpoint(path, resume, kind, guide_steps) -> dict | None:
 
 
 _KINDS = {"svi": "an SVI", "module": "a module with a torch optimizer"}
+
+
+def _modules_given(args, kwargs) -> dict[str, torch.nn.Module]:
+    """Modules among the arguments: they may have state too."""
+    given = {f"argument {key}": thing for key, thing in (*enumerate(args), *kwargs.items())}
+    return {name: m for name, m in given.items() if isinstance(m, torch.nn.Module)}
 
 
 # When to stop.
