@@ -147,7 +147,11 @@ def symbolic(fn, value):
     return concrete(log_p)
 
 
-@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [pytest.param(s, marks=[pytest.mark.slow] if i > 2 else []) for i, s in enumerate(SHAPES)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_rule_at_known_values_is_numpyros(case, shapes):
     make, first, second, drawn = CASES[case]

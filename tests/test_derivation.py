@@ -181,7 +181,10 @@ def _within(managers, function):
 PAIRS = [(p, k) for k, (_, priors) in LIKELIHOODS.items() for p in PRIORS if p in priors]
 
 
-@pytest.mark.parametrize(("prior", "likelihood"), PAIRS)
+@pytest.mark.parametrize(
+    ("prior", "likelihood"),
+    [pytest.param(*p, marks=[pytest.mark.slow] if i % 3 else []) for i, p in enumerate(PAIRS)],
+)
 def test_every_conjugate_pair_in_some_layout_and_context(prior, likelihood):
     """Each pair meets another layout and context; all of both are met."""
     number = PAIRS.index((prior, likelihood))
@@ -197,7 +200,13 @@ def test_every_conjugate_pair_in_some_layout_and_context(prior, likelihood):
         check(model, num=2)
 
 
-@pytest.mark.parametrize(("layout", "context"), list(itertools.product(LAYOUTS, ["plate", "mask"])))
+@pytest.mark.parametrize(
+    ("layout", "context"),
+    [
+        pytest.param(layout, context, marks=[pytest.mark.slow] if context == "mask" else [])
+        for layout, context in itertools.product(LAYOUTS, ["plate", "mask"])
+    ],
+)
 def test_every_layout(layout, context):
     def model():
         v = LAYOUTS[layout](PRIORS["Normal in a plate"]())
@@ -487,7 +496,11 @@ MODELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=[pytest.mark.slow] if i % 2 else []) for i, m in enumerate(MODELS)],
+    ids=lambda model: model.__name__,
+)
 def test_the_log_joint_is_that_of_numpyro(model):
     check(model)
 
