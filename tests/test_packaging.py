@@ -53,6 +53,16 @@ def test_no_tests_package():
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
+def test_a_test_file_that_cannot_be_imported_is_an_error(tmp_path):
+    (tmp_path / "tests").mkdir()
+    for name in ("setup.cfg", "tests/conftest.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "tests" / "test_broken.py").write_text("import nowhere\n\ndef test(): pass\n")
+    command = [sys.executable, "-m", "pytest", "tests"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 2 and "No module named 'nowhere'" in out.stdout
+
+
 def library_files():
     for folder in FOLDERS.values():
         yield from (ROOT / folder).rglob("*.py")

@@ -485,13 +485,14 @@ def blobs(quantizer, register):
 def test_svi_trains_a_codebook_that_nobody_registered(register):
     quantizer = VectorQuantizer(3, 2, kmeans_init=True, restart_threshold=1.0)
     model, guide, x, means = blobs(quantizer, register)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), VQELBO())
-    for _ in range(400):
+    # The codebook loss is quadratic, of 20 data for each code: one such step ends at their mean.
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 1 / 40}), VQELBO())
+    for _ in range(3):
         svi.step(x)
     name = "own_name" if register else "z.quantizer"
     assert list(pyro.get_param_store()) == [f"{name}$$$codebook"]
     order = quantizer.codebook[:, 0].argsort()
-    torch.testing.assert_close(quantizer.codebook[order].detach(), means, rtol=0, atol=1e-3)
+    torch.testing.assert_close(quantizer.codebook[order].detach(), means)
     assert float(quantizer.perplexity) == pytest.approx(3.0)
 
 

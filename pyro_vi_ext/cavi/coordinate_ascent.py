@@ -23,6 +23,7 @@ from pyro_vi_ext.cavi.derivation import NotConjugateError, derive
 from pyro_vi_ext.cavi.explanation import explain
 from pyro_vi_ext.cavi.plan import Plan, make_plan
 from pyro_vi_ext.cavi.starts import first_moments
+from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.progress import progress_bar
 
 __all__ = ["CAVI", "CAVIResult"]
@@ -159,9 +160,8 @@ class CAVI:
         :raises ValueError: for arguments out of range; if the first sweep gives a factor that is no
             distribution, or a bound that is not finite, naming the sites.
         """
-        for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        num_steps = positive_int("num_steps", num_steps)
+        num_restarts = positive_int("num_restarts", num_restarts)
         if not 0 <= tol < np.inf:
             raise ValueError(f"tol must be a number >= 0, in nats, got {tol!r}.")
         key = jax.random.PRNGKey(0) if rng_key is None else rng_key

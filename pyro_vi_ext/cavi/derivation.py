@@ -44,14 +44,12 @@ class Latent:
     :ivar name: its name.
     :ivar kind: name of its prior's distribution class.
     :ivar shape: shape of its value.
-    :ivar event_dim: how many axes of the value are one event of the distribution itself.
     :ivar num_values: of a discrete one: values are 0, ..., num_values - 1; otherwise 0.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    event_dim: int
     num_values: int = 0
 
 
@@ -127,7 +125,7 @@ def _latents(draws: PriorDraws, key) -> tuple[dict, dict[str, Latent]]:
         base = unwrapped(fn)[0]
         num_values = _num_values(name, base) if base.support.is_discrete else 0
         shape = np.shape(example[name])
-        latents[name] = Latent(name, kind_of(base), shape, len(base.event_shape), num_values)
+        latents[name] = Latent(name, type(base).__name__, shape, num_values)
     return example, latents
 
 
@@ -162,11 +160,6 @@ def _num_values(name: str, fn) -> int:
     if not np.array_equal(values, np.arange(len(values))):
         raise NotConjugateError(f"Latent site '{name}' has values {values}, expected 0, 1, ...")
     return len(values)
-
-
-def kind_of(fn) -> str:
-    """Name of a distribution's class; parameterisations of one distribution have one name."""
-    return type(fn).__name__
 
 
 def unwrapped(fn):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import digamma, gammaln
 
-__all__ = ["FAMILIES", "Factor", "Family", "GaussianAxes", "family_of"]
+__all__ = ["FAMILIES", "Factor", "Family", "GaussianAxes"]
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,3 @@ class Factor:
 
     def statistics(self, value):
         return self.family.statistics(value, self)
-
-
-def family_of(kind: str) -> Family | None:
-    return FAMILIES.get(kind)

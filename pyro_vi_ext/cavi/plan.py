@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyro_vi_ext.cavi.derivation import Derivation, NotConjugateError
-from pyro_vi_ext.cavi.families import GAUSSIAN, LOG_NORMAL, Factor, GaussianAxes, family_of
+from pyro_vi_ext.cavi.families import FAMILIES, GAUSSIAN, LOG_NORMAL, Factor, GaussianAxes
 from pyro_vi_ext.cavi.symbolic import Atom, Label, Term, same_entry
 
 __all__ = ["Plan", "make_plan"]
@@ -98,7 +98,7 @@ def make_plan(derivation: Derivation) -> Plan:
             joint[name] |= _joint_axes(derivation, name, term, source)
     factors = {}
     for name, latent in derivation.latents.items():
-        family = family_of(latent.kind)
+        family = FAMILIES.get(latent.kind)
         if family is None:
             raise NotConjugateError(
                 f"Latent site '{name}': no closed-form factor is known for the prior {latent.kind}."
@@ -120,7 +120,7 @@ def _joint_axes(derivation: Derivation, name: str, term: Term, source: str) -> s
     """Axes of a Gaussian latent in which two of its entries meet; raises if the term is refused."""
     atoms = [atom for atom in term.atoms if atom.site == name]
     latent = derivation.latents[name]
-    family = family_of(latent.kind)
+    family = FAMILIES.get(latent.kind)
     powers = sum(atom.stat[1] for atom in atoms if atom.stat[0] == "pow")
     shown = " x ".join(map(_show, atoms))
     if family in (GAUSSIAN, LOG_NORMAL):
@@ -155,7 +155,7 @@ def _allowed(kind: str) -> str:
         "log1m": "the logarithm of 1 less it", "pow1": "the value", "pow-1": "its reciprocal",
         "onehot": "one indicator", "logdet": "its log-determinant",
     }  # fmt: skip
-    family = family_of(kind)
+    family = FAMILIES.get(kind)
     return "no statistic" if family is None else " and ".join(texts[key] for key in family.keys)
 
 

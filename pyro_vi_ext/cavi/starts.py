@@ -10,6 +10,8 @@ start at a draw from the prior, and are updated before the discrete ones.
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,8 @@ MOST_FEATURES = 200  # more columns than this are no features to cluster by
 def first_moments(draws: PriorDraws, plan: Plan, key, restart: int) -> dict:
     """Expected statistics of all latents at the start of a run, by site.
 
+    :param draws: draws from the prior.
+    :param plan: the expected log joint, whose known arrays are the features to cluster by.
     :param restart: the first one (0) takes the best of ten k-means runs, others a rough one each.
     """
     example = draws(key)
@@ -77,8 +81,6 @@ def _clusters(features: np.ndarray, num: int, key, restart: int) -> np.ndarray |
         return None
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     options = {"n_init": 10} if restart == 0 else {"n_init": 1, "init": "random", "max_iter": 2}
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a rough run has not converged, on purpose
         return KMeans(num, random_state=seed, **options).fit_predict(features)
