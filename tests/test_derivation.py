@@ -75,7 +75,7 @@ def check(model, *args, num: int = 3):
             for name, latent in derivation.latents.items()
         }
         moments = {
-            name: {key: np.asarray(x) for key, x in f.statistics(values[name]).items()}
+            name: {key: np.asarray(x) for key, x in f.statistics(values).items()}
             for name, f in plan.factors.items()
         }
         found = float(plan.expected_log_joint(plan.arrays, moments, xp=np))

@@ -12,11 +12,8 @@ pytest.importorskip("numpyro")
 
 import jax.numpy as jnp  # noqa: E402
 
-from pyro_vi_ext.cavi.families import (  # noqa: E402
-    FAMILIES,
-    Factor,
-    GaussianAxes,
-)
+from pyro_vi_ext.cavi.factor import Factor  # noqa: E402
+from pyro_vi_ext.cavi.families import FAMILIES, GaussianAxes  # noqa: E402
 from pyro_vi_ext.models.negative_binomial_numpyro import enable_x64  # noqa: E402
 
 
@@ -168,8 +165,8 @@ def test_density_is_that_of_the_exponential_family(member):
     factor, q, natural, values = member
     log_normalizer = factor.entropy(q) + inner(natural, factor.moments(q))
     for value in values:
-        want = inner(natural, factor.statistics(value)) - log_normalizer
-        got = factor.distribution(q).log_prob(value).sum()
+        want = inner(natural, factor.statistics({"site": value})) - log_normalizer
+        got = factor.marginals(q)["site"].log_prob(value).sum()
         assert float(got) == pytest.approx(float(want), rel=1e-9)
 
 
@@ -250,7 +247,7 @@ def test_moments_by_quadrature_of_scipys_density(kind):
     for i in range(factor.axes.shape[0]):
         frozen = ONE_DIMENSIONAL[kind]({k: float(v[i]) for k, v in q.items()})
         np.testing.assert_allclose(
-            factor.distribution(q).log_prob(values[0])[i], frozen.logpdf(values[0, i]), rtol=1e-9
+            factor.marginals(q)["site"].log_prob(values[0])[i], frozen.logpdf(values[0, i]), rtol=1e-9
         )
         log_density, statistics = ON_THE_LINE[kind]
         own = {k: float(v[i]) for k, v in q.items()}
@@ -263,7 +260,7 @@ def test_moments_by_quadrature_of_scipys_density(kind):
 def test_statistics_of_a_value(kind):
     factor, _, _, values = MEMBERS[kind]
     close(
-        factor.statistics(values[0]),
+        factor.statistics({"site": values[0]}),
         {k: f(np.asarray(values[0])) for k, f in STATISTICS[kind].items()},
     )
 
@@ -292,9 +289,9 @@ def test_wishart_entropy_and_mean_are_scipys():
         for d in range(3):  # chi2(n) is Gamma(n / 2, 1 / 2)
             want += expectation(lambda u, a=(nu - d) / 2: log_gamma(u, a, 0.5), lambda u: u)
         assert float(moments["logdet"][i]) == pytest.approx(want, rel=1e-10)
-        got = factor.distribution(q).log_prob(values[0])[i]
+        got = factor.marginals(q)["site"].log_prob(values[0])[i]
         assert float(got) == pytest.approx(frozen.logpdf(np.asarray(values[0, i])), rel=1e-9)
-    got = factor.statistics(values[0])
+    got = factor.statistics({"site": values[0]})
     np.testing.assert_allclose(got["logdet"], np.log(np.linalg.det(values[0])), rtol=1e-12)
     assert np.array_equal(got["pow1"], values[0])
 
@@ -306,15 +303,15 @@ def test_discrete_entropy_is_scipys_also_where_a_probability_is_zero():
     np.testing.assert_allclose(factor.moments(q)["onehot"], p, rtol=1e-14)
     want = st.entropy(p, axis=-1)
     np.testing.assert_allclose(factor.family.entropy(q, factor), want, rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(factor.distribution(q).probs, p, rtol=1e-14)
-    onehot = factor.statistics(jnp.array([2, 1, 0]))["onehot"]
+    np.testing.assert_allclose(factor.marginals(q)["site"].probs, p, rtol=1e-14)
+    onehot = factor.statistics({"site": jnp.array([2, 1, 0])})["onehot"]
     assert onehot.dtype == np.float64 and np.array_equal(onehot, np.eye(3)[[2, 1, 0]])
 
 
 def test_bernoulli_distribution_has_the_probability_of_one():
     factor, q, natural, _ = MEMBERS["BernoulliProbs"]
     eta = np.asarray(natural["onehot"])
-    np.testing.assert_allclose(factor.distribution(q).probs, sp.expit(eta[:, 1] - eta[:, 0]))
+    np.testing.assert_allclose(factor.marginals(q)["site"].probs, sp.expit(eta[:, 1] - eta[:, 0]))
 
 
 # --- joint axes ----------------------------------------------------------------------------------
@@ -368,14 +365,14 @@ def test_joint_factor_is_the_gaussian_of_its_natural_parameters(kind, joint):
     @jax.jit
     def all_of(natural, x):
         q = factor.update(natural)
-        posterior = factor.distribution(q)
+        posterior = factor.marginals(q)["site"]
         value = axes.to_rows(x) if joint else x
         assert posterior.batch_shape + posterior.event_shape == value.shape
         log_q = posterior.log_prob(value).sum()
         return (
             factor.moments(q),
             factor.entropy(q),
-            factor.statistics(x),
+            factor.statistics({"site": x}),
             log_q,
             factor.is_proper(q),
         )
@@ -410,8 +407,8 @@ def test_log_normal_is_a_gaussian_of_the_logarithm():
     assert float(factor.entropy(q)) == pytest.approx(float(plain.entropy(q) + shift), rel=1e-14)
     close(factor.moments(q), plain.moments(q))
     log_x = jnp.log(values)
-    want = plain.distribution(q).log_prob(log_x) - log_x
-    np.testing.assert_allclose(factor.distribution(q).log_prob(values), want, rtol=1e-12)
+    want = plain.marginals(q)["site"].log_prob(log_x) - log_x
+    np.testing.assert_allclose(factor.marginals(q)["site"].log_prob(values), want, rtol=1e-12)
 
 
 # --- improper ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ except ImportError as error:
         "pyro_vi_ext.cavi needs JAX and NumPyro: pip install pyro_vi_ext[numpyro]"
     ) from error
 
-from pyro_vi_ext.cavi.coordinate_ascent import CAVI, CAVIResult
+from pyro_vi_ext.cavi.coordinate_ascent import CAVI
 from pyro_vi_ext.cavi.derivation import NotConjugateError
+from pyro_vi_ext.cavi.result import CAVIResult
 
 __all__ = ["CAVI", "CAVIResult", "NotConjugateError"]

@@ -12,7 +12,6 @@ Each update maximises L over one factor, so the bound never falls (Winn and Bish
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -22,41 +21,14 @@ from numpyro import handlers
 from pyro_vi_ext.cavi.derivation import NotConjugateError, derive
 from pyro_vi_ext.cavi.explanation import explain
 from pyro_vi_ext.cavi.plan import Plan, make_plan
+from pyro_vi_ext.cavi.result import CAVIResult
 from pyro_vi_ext.cavi.starts import first_moments
 from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.progress import progress_bar
 
-__all__ = ["CAVI", "CAVIResult"]
+__all__ = ["CAVI"]
 
 CHUNK = 10  # sweeps in one compiled call
-
-
-@dataclass(frozen=True, eq=False)
-class CAVIResult:
-    """What :meth:`CAVI.run` returns, of the start that ended with the best bound.
-
-    :ivar posterior: the factor of each latent site, a NumPyro distribution. A Gaussian with joint
-        axes is a MultivariateNormal over these axes, flattened, in its last dimension.
-    :ivar losses: negative bound after each sweep, nats, 1-D.
-    :ivar params: parameters of the factors, site -> name -> array.
-    :ivar state: expected statistics, site -> statistic -> array; ``run(state=...)`` goes on there.
-    :ivar bounds: the bound at the end of each start, nats, 1-D.
-    """
-
-    posterior: dict
-    losses: np.ndarray
-    params: dict
-    state: dict
-    bounds: np.ndarray = field(repr=False)
-
-    @property
-    def bound(self) -> float:
-        """The evidence lower bound at the end, nats."""
-        return -float(self.losses[-1])
-
-    def __repr__(self) -> str:
-        factors = ", ".join(f"{n}: {type(d).__name__}" for n, d in self.posterior.items())
-        return f"CAVIResult(bound={self.bound:.6f} nats, {len(self.losses)} sweeps; {factors})"
 
 
 class CAVI:
@@ -102,8 +74,8 @@ class CAVI:
     (2.49, 3.0)
     """
 
-    def __init__(self, model, *args, **kwargs):
-        self.model = model
+    def __init__(self, model, *args, blocks=(), **kwargs):
+        self.model, self.blocks = model, tuple(blocks)
         self._set(args, kwargs)
         self._first = jax.jit(self._first_sweep)
         self._more = jax.jit(self._sweeps, static_argnames="num")
@@ -113,7 +85,7 @@ class CAVI:
         args, kwargs = jax.tree.map(_as_jax, (args, kwargs))
         self.args, self.kwargs = args, kwargs
         derivation = derive(self.model, args, kwargs, jax.random.PRNGKey(0))
-        plan = make_plan(derivation)
+        plan = make_plan(derivation, self.blocks)
         self._check(plan, derivation.example)
         self.plan: Plan = plan
         self._draws = derivation.draws
@@ -176,8 +148,7 @@ class CAVI:
                 if best is None or bounds[-1] > best[0][-1]:
                     best = found
         series, params, moments = best
-        posterior = {n: f.distribution(params[n]) for n, f in self.plan.factors.items()}
-        return CAVIResult(posterior, -series, params, moments, np.asarray(bounds))
+        return CAVIResult(self.plan.factors, -series, params, moments, np.asarray(bounds))
 
     # One start.
 
@@ -232,7 +203,7 @@ class CAVI:
 
     def _check(self, plan: Plan, example: dict) -> None:
         """The derived log joint at a draw from the prior is the model's."""
-        moments = {n: f.statistics(jnp.asarray(example[n])) for n, f in plan.factors.items()}
+        moments = {name: factor.statistics(example) for name, factor in plan.factors.items()}
         moments = jax.tree.map(np.asarray, moments)
         found = float(plan.expected_log_joint(plan.arrays, moments, xp=np))
         expected, size = _log_joint(self.model, self.args, self.kwargs, example)

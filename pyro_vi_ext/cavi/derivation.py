@@ -45,12 +45,16 @@ class Latent:
     :ivar kind: name of its prior's distribution class.
     :ivar shape: shape of its value.
     :ivar num_values: of a discrete one: values are 0, ..., num_values - 1; otherwise 0.
+    :ivar plates: its plates, with the axis of the value that each of them is.
+    :ivar weight: product over its plates of size / subsample size.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     num_values: int = 0
+    plates: tuple[tuple[str, int], ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ class Derivation:
 
     :ivar latents: the latents, in the order of the model.
     :ivar terms: the terms of the log joint; with the site that each comes from in ``sources``.
+    :ivar plates: the label that a plate's axis has in all terms.
     """
 
     latents: dict[str, Latent]
     terms: tuple[Term, ...]
     sources: tuple[str, ...]
+    plates: dict[str, Label]
     example: dict  # a draw from the prior
     draws: PriorDraws
 
@@ -93,10 +99,10 @@ def derive(model, args, kwargs, key) -> Derivation:
     inputs = [_symbol(latents[name]) for name in sorted(latents)]  # the order of a dict's leaves
     outputs = Interpreter(algebra).run(traced.jaxpr, traced.consts, inputs)
     values = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-    terms, sources = [], []
+    terms, sources, plates = [], [], {n: Label(size) for n, size in record.plates.items()}
     for name, parameters in values.items():
-        log_p = _log_density(name, record.sites[name], parameters, latents, algebra)
-        for term in merged(simplified(log_p.terms, ())):
+        log_p = _log_density(name, record.sites[name], parameters, latents, algebra, plates)
+        for term in merged(simplified(log_p, ()), plates.values()):
             term = contract_known(term)
             numbers = (term.coefficient, *(known.array for known in term.knowns))
             if not all(np.isfinite(x).all() for x in numbers):
@@ -107,7 +113,7 @@ def derive(model, args, kwargs, key) -> Derivation:
                 )
             terms.append(term)
             sources.append(name)
-    return Derivation(latents, tuple(terms), tuple(sources), example, draws)
+    return Derivation(latents, tuple(terms), tuple(sources), plates, example, draws)
 
 
 _LOOKS = (
@@ -121,23 +127,28 @@ _POSITIVE = {"Gamma", "Exponential", "InverseGamma", "Beta", "Dirichlet", "LogNo
 
 def _latents(draws: PriorDraws, key) -> tuple[dict, dict[str, Latent]]:
     example, latents = draws(key), {}
-    for name, fn in draws.sites.items():
-        base = unwrapped(fn)[0]
+    for name, site in draws.sites.items():
+        base = unwrapped(site["fn"])[0]
         num_values = _num_values(name, base) if base.support.is_discrete else 0
+        rank = len(site["fn"].batch_shape)
+        plates = tuple((f.name, rank + f.dim) for f in site["cond_indep_stack"])
+        weight = float(np.prod([draws.plates[plate] for plate, _ in plates], initial=1.0))
         shape = np.shape(example[name])
-        latents[name] = Latent(name, type(base).__name__, shape, num_values)
+        latents[name] = Latent(name, type(base).__name__, shape, num_values, plates, weight)
     return example, latents
 
 
 class PriorDraws:
     """Draws of all latents from the prior: a function of a key, compiled once.
 
-    :ivar sites: the latents' distributions, by site, after the first draw.
+    :ivar sites: the latents' sites in the trace, after the first draw.
+    :ivar plates: size / subsample size of each plate.
     """
 
     def __init__(self, model, args, kwargs):
         self.model, self.args, self.kwargs = model, args, kwargs
         self.sites: dict = {}
+        self.plates: dict[str, float] = {}
         self._draw = jax.jit(self._traced)
 
     def __call__(self, key) -> dict:
@@ -146,7 +157,10 @@ class PriorDraws:
     def _traced(self, key) -> dict:
         trace = handlers.trace(handlers.seed(self.model, key)).get_trace(*self.args, **self.kwargs)
         latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
-        self.sites.update({name: site["fn"] for name, site in latent.items()})
+        kept = ("fn", "cond_indep_stack")
+        self.sites.update({n: {key: s[key] for key in kept} for n, s in latent.items()})
+        plates = {n: s["args"] for n, s in trace.items() if s["type"] == "plate"}
+        self.plates.update({n: size / (part or size or 1) for n, (size, part) in plates.items()})
         return {name: site["value"] for name, site in latent.items()}
 
 
@@ -184,6 +198,7 @@ class _Record:
     def __init__(self, model, args, kwargs, key):
         self.model, self.args, self.kwargs, self.key = model, args, kwargs, key
         self.sites: dict[str, dict] = {}
+        self.plates: dict[str, int] = {}
 
     def __call__(self, values: dict) -> dict:
         model = handlers.substitute(handlers.seed(self.model, self.key), data=values)
@@ -214,7 +229,9 @@ class _Record:
                 "event_dim": fn.event_dim,
                 "masks": [right for _, right in masks],
                 "claimed": claimed,
+                "frames": site["cond_indep_stack"],
             }
+            self.plates.update({frame.name: frame.size for frame in site["cond_indep_stack"]})
         return result
 
 
@@ -228,7 +245,8 @@ def _symbol(latent: Latent) -> Expr:
     return Expr(labels, (Term(1.0, (values,), (Atom(latent.name, ("onehot",), (*labels, k)),)),))
 
 
-def _log_density(name, site, found, latents, algebra) -> Expr:
+def _log_density(name, site, found, latents, algebra, plates) -> list[Term]:
+    """The terms of a site's log-density, summed; axes of plates have the plates' labels."""
     for key, value in {**found["parameters"], "value": found["value"]}.items():
         if isinstance(value, Poison):
             raise NotConjugateError(
@@ -254,7 +272,11 @@ def _log_density(name, site, found, latents, algebra) -> Expr:
         log_p = broadcast(log_p, shape)
         for weight in weights:
             log_p = log_p * broadcast(Expr.of(weight), shape)
-        return log_p.sum(range(len(log_p.labels)))
+        right = len(shape) - site["claimed"]
+        labels = {right + frame.dim: plates[frame.name] for frame in site["frames"]}
+        log_p = log_p.relabelled([labels.get(axis, Label(n)) for axis, n in enumerate(shape)])
+        log_p = log_p.sum(axis for axis in range(len(shape)) if axis not in labels)
+        return [t.counting(log_p.labels) for t in log_p.terms]
     except NotRepresentable as error:
         raise NotConjugateError(
             f"Site '{name}' ({site['fn']}): its log-density is no polynomial in statistics of the "

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pyro_vi_ext.cavi.families import Factor
+from pyro_vi_ext.cavi.gaussian_block import GaussianBlock
 from pyro_vi_ext.cavi.plan import Moment, Plan, Product
 from pyro_vi_ext.cavi.symbolic import Label
 
@@ -38,6 +38,25 @@ SOLUTIONS = {
     "Categorical": "probabilities proportional to exp(eta[{0} = k])",
     "Wishart": "concentration = 2 eta[log|{0}|] + D + 1, rate = -2 eta[{0}]",
     "LogNormal": "of log {0}: variance = -1 / (2 eta[(log)^2]), mean = (eta[log] + 1) variance",
+    "joint Gaussian of several sites": (
+        "of x = ({0}): covariance = -1/2 eta[x x']^-1, mean = covariance eta[x]"
+    ),
+    "Gaussian-Gamma": (
+        "given {1}, of the n numbers x = ({0}): covariance = C / {1}, mean = C eta[{1} x],\n"
+        "        with C = -1/2 eta[{1} x x']^-1\n"
+        "    {1}: concentration = eta[log {1}] + 1 - n/2, rate = -eta[{1}] - 1/2 mean' C^-1 mean"
+    ),
+    "Gaussian-InverseGamma": (
+        "given {1}, of the n numbers x = ({0}): covariance = {1} C, mean = C eta[x / {1}],\n"
+        "        with C = -1/2 eta[x x' / {1}]^-1\n"
+        "    {1}: concentration = -eta[log {1}] - 1 - n/2, rate = -eta[1/{1}] - 1/2 mean' C^-1 mean"
+    ),
+    "Gaussian-Wishart": (
+        "given {1}, of the n rows x of ({0}): covariance = C times {1}^-1, mean = C eta[{1} x],\n"
+        "        with C = -1/2 eta[x' {1} x]^-1\n"
+        "    {1}: concentration = 2 eta[log|{1}|] + D + 1 - n, "
+        "rate = -2 eta[{1}] - mean' C^-1 mean"
+    ),
 }
 
 
@@ -60,26 +79,35 @@ def explain(plan: Plan, data: dict[str, np.ndarray] | None = None) -> str:
 def _site(plan: Plan, name: str, names: dict[int, str]) -> str:
     factor = plan.factors[name]
     family = _family(factor)
-    letters = string.ascii_lowercase[8 : 8 + len(factor.axes.shape)]  # i, j, ...
-    sizes = ", ".join(f"{c} < {n}" for c, n in zip(letters, factor.axes.shape, strict=True))
-    index = f"[{', '.join(letters)}]" if letters else ""
-    lines = [f"q({name}{index}): {family}" + (f", {sizes}" if sizes else "")]
-    for key in factor.family.keys:
-        rows = [
-            _term(product, moment, names, plan)
-            for product in plan.products
-            for moment in product.moments
-            if moment.site == name and moment.key == key
-        ]
+    own, sizes = [], {}
+    for site in factor.sites:
+        shape = factor.shape_of(site)
+        letters = string.ascii_lowercase[8 : 8 + len(shape)]  # i, j, ...
+        own.append(_indexed(site, letters))
+        sizes.update(dict.fromkeys(f"{c} < {n}" for c, n in zip(letters, shape, strict=True)))
+    lines = [", ".join([f"q({', '.join(own)}): {family}", *sizes])]
+    for key in factor.keys:
+        rows: dict = {}  # the same text twice, as of a symmetric matrix, is one row
+        for product in plan.products:
+            for moment in product.moments:
+                if moment.factor == name and moment.key == key:
+                    row = (*_term(product, moment, names, plan), product.source)
+                    size = float(plan.arrays[product.coefficient])
+                    rows[row] = rows.get(row, 0.0) + size
         if rows:
-            shown = _statistic(factor, key, name, letters)
-            lines.append(f"    eta[{shown}] =")
-            lines += [f"        {row}" for row in rows]
-    lines.append(f"    {SOLUTIONS[family].format(name)}")
+            lines.append(f"    eta[{_statistic(factor, key, None)}] =")
+            lines += [f"        {_row(*row, size)}" for row, size in rows.items()]
+    names_of = (name,) if len(factor.sites) == 1 else _names(factor)
+    lines.append(f"    {SOLUTIONS[family].format(*names_of)}")
     return "\n".join(lines)
 
 
-def _family(factor: Factor) -> str:
+def _family(factor) -> str:
+    if isinstance(factor, GaussianBlock):
+        if factor.precision is None:
+            return "joint Gaussian of several sites"
+        kind = factor.precision.kind
+        return f"Gaussian-{'Gamma' if kind == 'Exponential' else kind}"
     if factor.num_values:
         return "Categorical"
     if factor.kind in ("Normal", "MultivariateNormal"):
@@ -87,27 +115,90 @@ def _family(factor: Factor) -> str:
     return "Gamma" if factor.kind == "Exponential" else factor.kind
 
 
-def _statistic(factor: Factor, key: str, name: str, letters: str) -> str:
+def _names(block: GaussianBlock) -> tuple[str, str]:
+    precision = "" if block.precision is None else block.precision.name
+    return ", ".join(member.name for member in block.members), precision
+
+
+def _statistic(factor, key: str, letters: list[str] | None) -> str:
+    """A statistic, at entries with these letters, or without any."""
+
+    def at(site: str, own: Iterable[str]) -> str:
+        return site if letters is None else _indexed(site, own)
+
+    given = letters or []
+    if isinstance(factor, GaussianBlock):
+        return _block_statistic(factor, key, given, at)
+    name, rank = factor.name, len(factor.axes.shape)
     if key == "onehot":
-        return f"{name} = k"
+        return f"{at(name, given[:-1])} = {given[-1] if given else 'k'}"
     if key == "xx" and factor.axes.joint:
-        return f"{name} {name}'"
-    return STATISTICS[key].format(name)
+        second = list(given[:rank])
+        for axis, letter in zip(factor.axes.joint, given[rank:], strict=bool(given)):
+            second[axis] = letter
+        return f"{at(name, given[:rank])} {at(name, second)}" + ("" if given else "'")
+    return STATISTICS[key].format(at(name, given[:rank]))
 
 
-def _term(product: Product, own: Moment, names: dict[int, str], plan: Plan) -> str:
-    """What multiplies a moment of a term."""
-    factor = plan.factors[own.site]
+def _block_statistic(block: GaussianBlock, key: str, given: list[str], at) -> str:
+    precision = "" if block.precision is None else block.precision.name
+    if ":" not in key:
+        return STATISTICS[key].format(at(precision, given))
+    members = {member.name: member for member in block.members}
+    a, *others = (members[name] for name in key.split(":")[1:])
+    is_matrix = a.matrix is not None
+    first = at(a.name, given[: len(a.plain)])
+    if not others:
+        shown = at(f"({precision} {a.name})", given) if is_matrix else at(a.name, given)
+    else:
+        (b,) = others
+        second = list(given[: len(a.plain)])
+        if given:
+            own = dict(
+                zip(
+                    (*b.batch, *b.joint),
+                    [*(given[a.plain.index(x)] for x in a.batch), *given[len(a.plain) :]],
+                    strict=True,
+                )
+            )
+            second = [own[axis] for axis in b.plain]
+        if is_matrix:
+            shown = f"{first}' {precision} {at(b.name, second)}"
+        elif a is b and not a.joint:
+            shown = f"{first}^2"
+        else:
+            shown = f"{first} {at(b.name, second)}" + ("" if given or a is not b else "'")
+    if not precision or is_matrix:
+        return shown
+    if block.precision.kind == "InverseGamma":
+        return f"{shown} / {precision}"
+    return f"{precision} {shown}"
+
+
+def _own_letters(factor, key: str) -> list[str]:
+    """A letter for each entry of a statistic, as the header of a factor has them."""
+
+    def of(axes, mark: str = "") -> list[str]:
+        return [string.ascii_lowercase[8 + axis] + mark for axis in axes]
+
+    if not isinstance(factor, GaussianBlock):
+        axes = of(range(len(factor.axes.shape)))
+        if key == "onehot":
+            return [*axes, "k"]
+        return [*axes, *of(factor.axes.joint, "'")] if key == "xx" else axes
+    if ":" not in key:
+        return of(range(len(factor.precision.shape)))
+    members = {member.name: member for member in factor.members}
+    a, *others = (members[name] for name in key.split(":")[1:])
+    return [*of(a.plain), *of(others[0].joint, "'")] if others else of(range(len(a.shape)))
+
+
+def _term(product: Product, own: Moment, names: dict[int, str], plan: Plan):
+    """What multiplies a moment of a term: what it is summed over, and factors."""
+    factor = plan.factors[own.factor]
     letters: dict[Label, str] = {}
     conditions = []
-    for axis, entry in enumerate(own.entries):
-        rank = len(factor.axes.shape)
-        if own.key == "onehot" and axis == rank:
-            letter = "k"
-        elif axis < rank:
-            letter = string.ascii_lowercase[8 + axis]
-        else:
-            letter = string.ascii_lowercase[8 + factor.axes.joint[axis - rank]] + "'"
+    for entry, letter in zip(own.entries, _own_letters(factor, own.key), strict=False):
         if isinstance(entry, Label):
             letters.setdefault(entry, letter)
         else:
@@ -131,7 +222,6 @@ def _term(product: Product, own: Moment, names: dict[int, str], plan: Plan) -> s
         else f"{letter} = {int(plan.arrays[slot])}"
         for (slot, labels), letter in conditions
     ]
-    coefficient = float(plan.arrays[product.coefficient])
     own_labels = {entry for entry in own.entries if isinstance(entry, Label)}
     summed = [c for label, c in letters.items() if label not in own_labels]
     factors = [text for text in factors if text]
@@ -139,11 +229,14 @@ def _term(product: Product, own: Moment, names: dict[int, str], plan: Plan) -> s
         over = f"[{', '.join(where)}]"
     else:
         over = f"sum_{{{', '.join(summed)}{': ' if where else ''}{', '.join(where)}}}"
-    sign = "-" if coefficient < 0 else "+"
+    return over if summed or conditions else "", " ".join(factors)
+
+
+def _row(over: str, factors: str, source: str, coefficient: float) -> str:
+    """A term with its sign and number, and the site whose log-density has it."""
     size = f"{abs(coefficient):.6g}"
-    parts = [sign, *([] if size == "1" and factors else [size])]
-    parts += [over] if summed or conditions else []
-    return f"{' '.join([*parts, *factors])}        (from {product.source})"
+    parts = ["-" if coefficient < 0 else "+", "" if size == "1" and factors else size]
+    return f"{' '.join(part for part in (*parts, over, factors) if part)}        (from {source})"
 
 
 def _known(array: np.ndarray, name: str, letters: list[str]) -> str:
@@ -163,25 +256,15 @@ def _position(array: np.ndarray, name: str, letters: Iterable[str]) -> str:
 
 
 def _expected(moment: Moment, plan: Plan, names, letter_of) -> str:
-    factor = plan.factors[moment.site]
-    rank = len(factor.axes.shape)
-
     def position(entry) -> str:
         if isinstance(entry, Label):
             return letter_of(entry)
         slot, labels = entry
         return _position(plan.arrays[slot], names[slot], map(letter_of, labels))
 
-    letters = [position(entry) for entry in moment.entries]
-    if moment.key == "onehot":
-        return f"P({_indexed(moment.site, letters[:-1])} = {letters[-1]})"
-    if moment.key == "xx" and factor.axes.joint:
-        second = list(letters[:rank])
-        for axis, letter in zip(factor.axes.joint, letters[rank:], strict=True):
-            second[axis] = letter
-        first = _indexed(moment.site, letters[:rank])
-        return f"E[{first} {_indexed(moment.site, second)}]"
-    return f"E[{STATISTICS[moment.key].format(_indexed(moment.site, letters[:rank]))}]"
+    factor = plan.factors[moment.factor]
+    shown = _statistic(factor, moment.key, [position(entry) for entry in moment.entries])
+    return f"P({shown})" if moment.key == "onehot" else f"E[{shown}]"
 
 
 def _array_names(plan: Plan, data: dict[str, np.ndarray]) -> dict[int, str]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import digamma, gammaln
 
-__all__ = ["FAMILIES", "Factor", "Family", "GaussianAxes"]
+__all__ = ["FAMILIES", "Family", "GaussianAxes"]
 
 
 @dataclass(frozen=True)
@@ -345,32 +345,3 @@ FAMILIES = {
     "CategoricalProbs": DISCRETE,
     "CategoricalLogits": DISCRETE,
 }
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The factor of one latent site: its family, shape, and which axes are joint."""
-
-    name: str
-    kind: str
-    family: Family
-    axes: GaussianAxes
-    num_values: int = 0
-
-    def update(self, gradients):
-        return self.family.update(gradients, self)
-
-    def moments(self, q):
-        return self.family.moments(q, self)
-
-    def entropy(self, q):
-        return self.family.entropy(q, self).sum()
-
-    def distribution(self, q):
-        return self.family.distribution(q, self)
-
-    def is_proper(self, q):
-        return self.family.is_proper(q, self)
-
-    def statistics(self, value):
-        return self.family.statistics(value, self)

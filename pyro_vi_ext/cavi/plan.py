@@ -8,24 +8,25 @@ it also makes a parallel update of all elements of a plate exact: no term then h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pyro_vi_ext.cavi.derivation import Derivation, NotConjugateError
-from pyro_vi_ext.cavi.families import FAMILIES, GAUSSIAN, LOG_NORMAL, Factor, GaussianAxes
-from pyro_vi_ext.cavi.symbolic import Atom, Label, Term, same_entry
+from pyro_vi_ext.cavi.conjugacy import Use, make_block, make_factor, moment_of
+from pyro_vi_ext.cavi.derivation import Derivation
+from pyro_vi_ext.cavi.symbolic import Label, Term
 
 __all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """An expected statistic at some entries; indices are positions in the arrays of a plan."""
+    """An expected statistic of a factor at some entries; indices are positions in the arrays."""
 
-    site: str
+    factor: str
     key: str
     entries: tuple  # a label, or (position of an index array, its labels)
 
@@ -40,22 +41,24 @@ class Product:
     moments: tuple[Moment, ...]
 
     @property
-    def sites(self) -> set[str]:
-        return {moment.site for moment in self.moments}
+    def factors(self) -> set[str]:
+        return {moment.factor for moment in self.moments}
 
 
 @dataclass(frozen=True)
 class Plan:
     """The expected log joint of a model: products of known arrays and moments.
 
-    :ivar factors: the factors of q, by site.
+    :ivar factors: the factors of q, by name: that of the site, or those of a block's sites.
     :ivar products: the terms.
     :ivar arrays: the numbers in them; other data of the same shapes have others.
+    :ivar plates: the label of each plate's axis.
     """
 
-    factors: dict[str, Factor]
+    factors: dict
     products: tuple[Product, ...]
     arrays: list
+    plates: dict[str, Label] = field(default_factory=dict)
 
     @property
     def order(self) -> list[str]:
@@ -67,115 +70,73 @@ class Plan:
         """All but the numbers: plans of one structure share compiled code."""
         shapes = tuple((array.shape, array.dtype.str) for array in self.arrays)
         products = tuple((p.source, p.coefficient, _outline(p)) for p in self.products)
-        factors = tuple((f.name, f.kind, f.axes, f.num_values) for f in self.factors.values())
-        return shapes, products, factors
+        return shapes, products, tuple(self.factors.values())
 
     def with_arrays(self, arrays: list) -> Plan:
         return replace(self, arrays=arrays)
 
     def expected_log_joint(self, arrays, moments, *, of=None, without=None, xp=jnp):
-        """F; or only its terms that have the site ``of``, or only those ``without`` a site."""
+        """F; or only its terms that have the factor ``of``, or only those ``without`` a factor."""
         total = 0.0
         for product in self.products:
-            if (of is None or of in product.sites) and without not in product.sites:
+            if (of is None or of in product.factors) and without not in product.factors:
                 total = total + _value(product, arrays, moments, xp)
         return total
 
-    def natural_parameters(self, arrays, moments, site: str) -> dict:
-        """The derivatives of F by the expected statistics of a site."""
+    def natural_parameters(self, arrays, moments, name: str) -> dict:
+        """The derivatives of F by the expected statistics of a factor."""
 
         def part(own):
-            return self.expected_log_joint(arrays, {**moments, site: own}, of=site)
+            return self.expected_log_joint(arrays, {**moments, name: own}, of=name)
 
-        return jax.grad(part)(moments[site])
+        return jax.grad(part)(moments[name])
 
 
-def make_plan(derivation: Derivation) -> Plan:
+def make_plan(derivation: Derivation, blocks: Sequence[Sequence[str]] = ()) -> Plan:
     """:raises NotConjugateError: if a term has a moment of which no closed form is known."""
-    joint = {name: set() for name in derivation.latents}
-    for term, source in zip(derivation.terms, derivation.sources, strict=True):
-        for name in dict.fromkeys(atom.site for atom in term.atoms):
-            joint[name] |= _joint_axes(derivation, name, term, source)
+    groups = _groups(derivation, blocks)
+    pairs = list(zip(derivation.terms, derivation.sources, strict=True))
     factors = {}
-    for name, latent in derivation.latents.items():
-        family = FAMILIES.get(latent.kind)
-        if family is None:
-            raise NotConjugateError(
-                f"Latent site '{name}': no closed-form factor is known for the prior {latent.kind}."
-            )
-        axes = GaussianAxes(latent.shape, tuple(sorted(joint[name])))
-        factors[name] = Factor(name, latent.kind, family, axes, latent.num_values)
+    for group in groups:
+        uses = [use for term, source in pairs if (use := _use(term, source, group))]
+        latents = [derivation.latents[name] for name in group]
+        one = len(group) == 1
+        factor = make_factor(latents[0], uses) if one else make_block(latents, uses)
+        factors[factor.name] = factor
     arrays: list = []
-    products = tuple(
-        _product(term, source, factors, arrays)
-        for term, source in zip(derivation.terms, derivation.sources, strict=True)
-    )
-    return Plan(factors, products, arrays)
+    products = tuple(_product(term, source, factors, arrays) for term, source in pairs)
+    return Plan(factors, products, arrays, derivation.plates)
 
 
-# --- the conjugacy test --------------------------------------------------------------------------
+def _groups(derivation: Derivation, blocks: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The sites of each factor, in the order of the model."""
+    owner: dict[str, tuple[str, ...]] = {}
+    for block in blocks:
+        if isinstance(block, str) or len(set(block)) < 2:
+            raise ValueError(f"A block is a tuple of two site names or more, got {block!r}.")
+        for name in block:
+            if name not in derivation.latents:
+                known = ", ".join(map(repr, derivation.latents))
+                raise ValueError(f"Block {tuple(block)}: no latent site {name!r}; found {known}.")
+            if name in owner:
+                raise ValueError(f"Site '{name}' is in two blocks.")
+            owner[name] = tuple(n for n in derivation.latents if n in block)
+    return list(dict.fromkeys(owner.get(name, (name,)) for name in derivation.latents))
 
 
-def _joint_axes(derivation: Derivation, name: str, term: Term, source: str) -> set[int]:
-    """Axes of a Gaussian latent in which two of its entries meet; raises if the term is refused."""
-    atoms = [atom for atom in term.atoms if atom.site == name]
-    latent = derivation.latents[name]
-    family = FAMILIES.get(latent.kind)
-    powers = sum(atom.stat[1] for atom in atoms if atom.stat[0] == "pow")
-    shown = " x ".join(map(_show, atoms))
-    if family in (GAUSSIAN, LOG_NORMAL):
-        base = "log" if family is LOG_NORMAL else "pow"
-        if any(atom.stat[0] != base for atom in atoms):
-            raise _refused(source, name, latent.kind, shown)
-        degree = len(atoms) if base == "log" else powers
-        if degree not in (1, 2) or any(len(a.stat) > 1 and a.stat[1] not in (1, 2) for a in atoms):
-            raise _refused(source, name, latent.kind, shown)
-        if len(atoms) == 2:
-            pairs = zip(*(atom.entries for atom in atoms), strict=True)
-            return {axis for axis, (a, b) in enumerate(pairs) if not same_entry(a, b)}
-        return set()
-    key = _key(atoms[0]) if len(atoms) == 1 else None
-    if family is not None and key not in family.keys:
-        raise _refused(source, name, latent.kind, shown)
-    return set()
-
-
-def _refused(source: str, name: str, kind: str, shown: str) -> NotConjugateError:
-    return NotConjugateError(
-        f"Site '{source}': its log-density has {shown}, and the factor of latent '{name}' "
-        f"({kind}) has a closed-form update for "
-        f"{_allowed(kind)} only. Change its prior or its place in the model, or use a stochastic "
-        "guide for it."
-    )
-
-
-def _allowed(kind: str) -> str:
-    texts = {
-        "x": "the value", "xx": "products of two values", "log": "its logarithm",
-        "log1m": "the logarithm of 1 less it", "pow1": "the value", "pow-1": "its reciprocal",
-        "onehot": "one indicator", "logdet": "its log-determinant",
-    }  # fmt: skip
-    family = FAMILIES.get(kind)
-    return "no statistic" if family is None else " and ".join(texts[key] for key in family.keys)
-
-
-def _show(atom: Atom) -> str:
-    kind = atom.stat[0]
-    if kind == "pow":
-        power = atom.stat[1]
-        return atom.site if power == 1 else f"{atom.site}^{power:g}"
-    names = {"log": "log {}", "log1m": "log(1 - {})", "onehot": "[{} = k]", "logdet": "log |{}|"}
-    return names[kind].format(atom.site)
-
-
-def _key(atom: Atom) -> str:
-    return f"pow{atom.stat[1]:g}" if atom.stat[0] == "pow" else atom.stat[0]
+def _use(term: Term, source: str, group: Sequence[str]) -> Use | None:
+    """What a term has of some sites, if anything."""
+    own = tuple(atom for atom in term.atoms if atom.site in group)
+    if not own:
+        return None
+    rest = replace(term, atoms=tuple(atom for atom in term.atoms if atom.site not in group))
+    return Use(source, own, frozenset(rest.labels()))
 
 
 # --- products ------------------------------------------------------------------------------------
 
 
-def _product(term: Term, source: str, factors: dict[str, Factor], arrays: list) -> Product:
+def _product(term: Term, source: str, factors: dict, arrays: list) -> Product:
     def slot(array) -> int:
         arrays.append(np.asarray(array, float) if not _whole(array) else np.asarray(array))
         return len(arrays) - 1
@@ -185,19 +146,11 @@ def _product(term: Term, source: str, factors: dict[str, Factor], arrays: list) 
 
     knowns = tuple((slot(known.array), known.labels) for known in term.knowns)
     moments = []
-    for name in dict.fromkeys(atom.site for atom in term.atoms):
-        atoms = [atom for atom in term.atoms if atom.site == name]
-        factor = factors[name]
-        if factor.family not in (GAUSSIAN, LOG_NORMAL):
-            (atom,) = atoms
-            moments.append(Moment(name, _key(atom), tuple(map(entry, atom.entries))))
-            continue
-        first, second = atoms[0], atoms[-1]
-        squared = len(atoms) == 2 or (first.stat[0] == "pow" and first.stat[1] == 2)
-        entries = [entry(x) for x in first.entries]
-        if squared:
-            entries += [entry(second.entries[axis]) for axis in factor.axes.joint]
-        moments.append(Moment(name, "xx" if squared else "x", tuple(entries)))
+    for factor in factors.values():
+        use = _use(term, source, factor.sites)
+        if use is not None:
+            key, entries = moment_of(factor, use)
+            moments.append(Moment(factor.name, key, tuple(map(entry, entries))))
     return Product(source, slot(term.coefficient), knowns, tuple(moments))
 
 
@@ -212,7 +165,7 @@ def _outline(product: Product) -> tuple:
         return name(x) if isinstance(x, Label) else (x[0], *map(name, x[1]))
 
     knowns = tuple((slot, tuple(map(name, labels))) for slot, labels in product.knowns)
-    moments = tuple((m.site, m.key, tuple(map(entry, m.entries))) for m in product.moments)
+    moments = tuple((m.factor, m.key, tuple(map(entry, m.entries))) for m in product.moments)
     return knowns, moments
 
 
@@ -230,7 +183,7 @@ def _value(product: Product, arrays, moments, xp):
     for slot, labels in product.knowns:
         operands += [arrays[slot], [name(label) for label in labels]]
     for moment in product.moments:
-        array, labels = _taken(moments[moment.site][moment.key], moment.entries, arrays, xp)
+        array, labels = _taken(moments[moment.factor][moment.key], moment.entries, arrays, xp)
         operands += [array, [name(label) for label in labels]]
     if not operands:
         return arrays[product.coefficient]

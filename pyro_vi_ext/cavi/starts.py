@@ -47,7 +47,7 @@ def first_moments(draws: PriorDraws, plan: Plan, key, restart: int) -> dict:
                 weights = jax.nn.one_hot(labels, shape[-1]).reshape(shape)
             moments[name] = {"onehot": weights}
         else:
-            moments[name] = factor.statistics(jnp.asarray(example[name]))
+            moments[name] = factor.statistics(example)
     return moments
 
 
@@ -55,7 +55,7 @@ def _features(plan: Plan, name: str) -> np.ndarray | None:
     """Known arrays with a row for each element of a discrete latent, side by side."""
     columns: dict[int, np.ndarray] = {}
     for product in plan.products:
-        own = [moment for moment in product.moments if moment.site == name]
+        own = [moment for moment in product.moments if moment.factor == name]
         if not own or len(own[0].entries) != 2 or not isinstance(own[0].entries[0], Label):
             continue
         row = own[0].entries[0]

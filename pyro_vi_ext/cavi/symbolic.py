@@ -11,6 +11,7 @@ not carried out: no axis that is only summed over is ever materialised.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -109,6 +110,11 @@ class Term:
         found.update(label for atom in self.atoms for label in atom.labels())
         return found | set(self.counted)
 
+    def counting(self, labels: Iterable[Label]) -> Term:
+        """The term summed over labels: the size of those that are in no factor counts."""
+        own = self.labels()
+        return replace(self, counted=self.counted + tuple(x for x in labels if x not in own))
+
 
 @dataclass(frozen=True, eq=False)
 class Expr:
@@ -166,8 +172,7 @@ class Expr:
         kept = tuple(label for label in self.labels if label not in gone)
         terms = []
         for term in self.terms:
-            missing = tuple(label for label in gone if label not in term.labels())
-            terms.append(fresh(replace(term, counted=term.counted + missing), keep=kept))
+            terms.append(fresh(term.counting(gone), keep=kept))
         return Expr(kept, tuple(terms))
 
     def relabelled(self, labels: Sequence[Label]) -> Expr:
@@ -329,11 +334,14 @@ def equal(a, b) -> Known:
     return Known(*taken(np.eye(max(sizes)), [a, b]))
 
 
-def merged(terms: Iterable[Term]) -> list[Term]:
-    """Scalar terms that differ in their coefficients and in the names of labels only, added up."""
-    found: dict = {}
+def merged(terms: Iterable[Term], fixed: Iterable[Label] = ()) -> list[Term]:
+    """Scalar terms that differ in their coefficients and in the names of labels only, added up.
+
+    :param fixed: labels whose names do tell terms apart.
+    """
+    found, fixed = {}, tuple(fixed)
     for term in terms:
-        key = _canonical(term)
+        key = _canonical(term, fixed)
         if key in found:
             coefficient = found[key].coefficient + term.coefficient
             found[key] = replace(found[key], coefficient=coefficient)
@@ -342,23 +350,29 @@ def merged(terms: Iterable[Term]) -> list[Term]:
     return [term for term in found.values() if term.coefficient]
 
 
-def _canonical(term: Term) -> tuple:
+def _canonical(term: Term, fixed: Iterable[Label]) -> tuple:
     """A key: the same for equal terms whose factors come in one order of sites and arrays."""
-    names: dict[Label, int] = {}
+    names: dict[Label, int] = {label: i for i, label in enumerate(fixed)}
 
     def name(label):
         return (names.setdefault(label, len(names)), label.size)
 
     def entry(x):
-        return name(x) if isinstance(x, Label) else (id(x.array), *map(name, x.labels))
+        return name(x) if isinstance(x, Label) else (_content(x.array), *map(name, x.labels))
 
     atoms = sorted(
         term.atoms,
         key=lambda a: (a.site, a.stat, [x.size if isinstance(x, Label) else -1 for x in a.entries]),
     )
-    knowns = sorted(term.knowns, key=lambda k: id(k.array))
+    knowns = sorted(((_content(k.array), k) for k in term.knowns), key=lambda pair: pair[0])
     return (
         tuple((a.site, a.stat, tuple(map(entry, a.entries))) for a in atoms),
-        tuple((id(k.array), tuple(map(name, k.labels))) for k in knowns),
+        tuple((content, tuple(map(name, k.labels))) for content, k in knowns),
         tuple(sorted(label.size for label in term.counted)),
     )
+
+
+def _content(array: np.ndarray) -> tuple:
+    """A key: the same for equal arrays."""
+    array = np.asarray(array)
+    return array.shape, array.dtype.str, hashlib.blake2b(np.ascontiguousarray(array)).digest()

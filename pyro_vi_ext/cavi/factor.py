@@ -1,0 +1,82 @@
+r"""The factor of one latent site: the interface of all factors of a mean-field posterior.
+
+.. math:: q(z) = \prod_i q_i(z_i), \qquad q_i(z_i) \propto \exp \langle \eta_i, t_i(z_i) \rangle
+
+Another factor, of several sites, is :class:`~pyro_vi_ext.cavi.gaussian_block.GaussianBlock`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pyro_vi_ext.cavi.families import Family, GaussianAxes
+
+__all__ = ["Factor"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factor of one latent site: its family, shape, and which axes are joint.
+
+    :ivar kind: name of the prior's distribution class.
+    :ivar num_values: of a discrete site; otherwise 0.
+    :ivar weight: how often the site is counted in the log joint and in the entropy: N/B in a plate
+        of size N of which B are there.
+    """
+
+    name: str
+    kind: str
+    family: Family
+    axes: GaussianAxes
+    num_values: int = 0
+    weight: float = 1.0
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.family.keys
+
+    def shape_of(self, site: str) -> tuple[int, ...]:
+        """Shape of a value of the site."""
+        return self.axes.shape
+
+    def update(self, eta: dict) -> dict:
+        """Parameters of the best factor, from the derivatives of F by its statistics."""
+        return self.family.update(jax.tree.map(lambda g: g / self.weight, eta), self)
+
+    def moments(self, q: dict) -> dict:
+        """Expected statistics."""
+        return self.family.moments(q, self)
+
+    def entropy(self, q: dict):
+        """Entropy of all elements, nats."""
+        return self.weight * self.family.entropy(q, self).sum()
+
+    def is_proper(self, q: dict):
+        """Whether the parameters are those of a distribution."""
+        return self.family.is_proper(q, self)
+
+    def statistics(self, values: dict) -> dict:
+        """Statistics of a value of the site."""
+        return self.family.statistics(values[self.name], self)
+
+    def draw(self, q: dict, key) -> dict:
+        """One draw, by site."""
+        value = self.family.distribution(q, self).sample(key)
+        return {self.name: self.axes.from_rows(value) if self.axes.joint else value}
+
+    def log_density(self, q: dict, values: dict):
+        """log q of one draw."""
+        value = jnp.asarray(values[self.name])
+        value = self.axes.to_rows(value) if self.axes.joint else value
+        return self.family.distribution(q, self).log_prob(value).sum()
+
+    def marginals(self, q: dict) -> dict:
+        """A NumPyro distribution, by site."""
+        return {self.name: self.family.distribution(q, self)}
