@@ -126,10 +126,18 @@ def test_shapes_must_agree():
         latent("w", (3,)) + latent("w", (2,))
 
 
+def test_constant_arrays_are_numbers():
+    """No axis is laid out for them; a zero stays a term, so that shapes stay what they are."""
+    for value in (1.0, 0.0):
+        (term,) = Expr.of(np.full((2, 3), value)).terms
+        assert (term.coefficient, term.knowns) == (value, ())
+    assert Expr.of(np.full((2, 3), 4.0)).shape == (2, 3)
+
+
 def test_known_arrays_become_floats():
     """Sums of booleans would saturate at 1, sums of small integers would overflow."""
-    assert Expr.of(np.ones(3, bool)).terms[0].knowns[0].array.dtype == float
-    assert Expr.of(np.ones(3, np.int8)).terms[0].knowns[0].array.dtype == float
+    assert Expr.of(np.arange(3) > 0).terms[0].knowns[0].array.dtype == float
+    assert Expr.of(np.arange(3, dtype=np.int8)).terms[0].knowns[0].array.dtype == float
 
 
 # --- substitution --------------------------------------------------------------------------------

@@ -13,6 +13,14 @@ except ImportError as error:
 
 from pyro_vi_ext.cavi.coordinate_ascent import CAVI
 from pyro_vi_ext.cavi.derivation import NotConjugateError
-from pyro_vi_ext.cavi.result import CAVIResult
+from pyro_vi_ext.cavi.result import CAVIResult, MeanField
+from pyro_vi_ext.cavi.stochastic import StochasticCAVI, StochasticResult
 
-__all__ = ["CAVI", "CAVIResult", "NotConjugateError"]
+__all__ = [
+    "CAVI",
+    "CAVIResult",
+    "MeanField",
+    "NotConjugateError",
+    "StochasticCAVI",
+    "StochasticResult",
+]

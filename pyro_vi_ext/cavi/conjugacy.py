@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pyro_vi_ext.cavi.derivation import Latent, NotConjugateError
 from pyro_vi_ext.cavi.factor import Factor
 from pyro_vi_ext.cavi.families import FAMILIES, GAUSSIAN, LOG_NORMAL, GaussianAxes
-from pyro_vi_ext.cavi.gaussian_block import GaussianBlock, Member, Precision
+from pyro_vi_ext.cavi.gaussian_block import GaussianBlock
+from pyro_vi_ext.cavi.gaussian_layout import Member, Precision
 from pyro_vi_ext.cavi.symbolic import Atom, Label, same_entry
 
 __all__ = ["Use", "make_block", "make_factor", "moment_of"]
@@ -67,7 +68,9 @@ def make_factor(latent: Latent, uses: Sequence[Use]) -> Factor:
             f"{latent.kind}."
         )
     axes = GaussianAxes(latent.shape, tuple(sorted(joint)))
-    return Factor(latent.name, latent.kind, family, axes, latent.num_values, latent.weight)
+    return Factor(
+        latent.name, latent.kind, family, axes, latent.num_values, latent.weight, latent.plates
+    )
 
 
 def _joint_axes(latent: Latent, use: Use) -> set[int]:
@@ -167,7 +170,8 @@ def make_block(latents: Sequence[Latent], uses: Sequence[Use]) -> GaussianBlock:
         rank = len(precision.shape) - 2 * (precision.kind == "Wishart")
         axes = tuple(_block_axis(precision, a, members, uses, names) for a in range(rank))
         own = Precision(precision.name, precision.kind, precision.shape, axes)
-    block = GaussianBlock(members, sizes, own, weights.pop())
+    plates = tuple((plate, x.name, axis) for x in latents for plate, axis in x.plates)
+    block = GaussianBlock(members, sizes, own, weights.pop(), plates)
     for use in uses:
         _block_moment(block, use)
     return block

@@ -148,7 +148,7 @@ class CAVI:
                 if best is None or bounds[-1] > best[0][-1]:
                     best = found
         series, params, moments = best
-        return CAVIResult(self.plan.factors, -series, params, moments, np.asarray(bounds))
+        return CAVIResult(self.plan.factors, params, -series, moments, np.asarray(bounds))
 
     # One start.
 

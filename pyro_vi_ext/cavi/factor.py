@@ -7,11 +7,12 @@ Another factor, of several sites, is :class:`~pyro_vi_ext.cavi.gaussian_block.Ga
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
+from pyro_vi_ext.cavi.derivation import NotConjugateError
 from pyro_vi_ext.cavi.families import Family, GaussianAxes
 
 __all__ = ["Factor"]
@@ -25,6 +26,7 @@ class Factor:
     :ivar num_values: of a discrete site; otherwise 0.
     :ivar weight: how often the site is counted in the log joint and in the entropy: N/B in a plate
         of size N of which B are there.
+    :ivar plates: its plates, with the axis that each of them is.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Factor:
     axes: GaussianAxes
     num_values: int = 0
     weight: float = 1.0
+    plates: tuple[tuple[str, int], ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -45,6 +48,31 @@ class Factor:
     def shape_of(self, site: str) -> tuple[int, ...]:
         """Shape of a value of the site."""
         return self.axes.shape
+
+    def plate_axes(self, plate: str) -> dict[str, int]:
+        """The axis of a plate, of each site that is in it."""
+        own = [axis for name, axis in self.plates if name == plate]
+        return dict.fromkeys(self.sites, own[0]) if own else {}
+
+    def entry(self, key: str, entries: tuple, plate: str):
+        """The entry of a statistic at the axis of a plate."""
+        return entries[self.plate_axes(plate)[self.name]]
+
+    def with_rows(self, plate: str, size: int) -> Factor:
+        """The factor of so many elements of a plate, which stand for all of them.
+
+        :raises NotConjugateError: if elements of the plate are not independent.
+        """
+        axis = self.plate_axes(plate)[self.name]
+        if axis in self.axes.joint:
+            raise NotConjugateError(
+                f"Site '{self.name}': its elements in plate '{plate}' have a joint covariance, and "
+                "no rows of the plate can be drawn on their own."
+            )
+        full = self.axes.shape[axis]
+        shape = (*self.axes.shape[:axis], size, *self.axes.shape[axis + 1 :])
+        weight = self.weight * full / size
+        return replace(self, axes=replace(self.axes, shape=shape), weight=weight)
 
     def update(self, eta: dict) -> dict:
         """Parameters of the best factor, from the derivatives of F by its statistics."""

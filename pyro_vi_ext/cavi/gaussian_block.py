@@ -22,137 +22,17 @@ InverseGamma variance; without T, the factor is a joint Gaussian. Completing the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from pyro_vi_ext.cavi.families import FAMILIES, WISHART
+from pyro_vi_ext.cavi.derivation import NotConjugateError
+from pyro_vi_ext.cavi.families import WISHART
+from pyro_vi_ext.cavi.gaussian_layout import Member, Precision
 
-__all__ = ["GaussianBlock", "Member", "Precision"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A Gaussian site of a block.
-
-    :ivar batch: axes that are independent in q given the precision, as the block's batch has them.
-    :ivar matrix: the axis of the columns of X, whose precision is a Wishart matrix; or ``None``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    batch: tuple[int, ...] = ()
-    matrix: int | None = None
-
-    @property
-    def plain(self) -> tuple[int, ...]:
-        return tuple(a for a in range(len(self.shape)) if a != self.matrix)
-
-    @property
-    def joint(self) -> tuple[int, ...]:
-        return tuple(a for a in self.plain if a not in self.batch)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.sizes(self.joint))
-
-    def sizes(self, axes) -> tuple[int, ...]:
-        return tuple(self.shape[a] for a in axes)
-
-    def to_rows(self, x):
-        """(\\*shape) to (\\*batch, size, D)."""
-        last = () if self.matrix is None else (self.matrix,)
-        x = jnp.transpose(x, (*self.batch, *self.joint, *last))
-        return x.reshape(*self.sizes(self.batch), self.size, math.prod(self.sizes(last)))
-
-    def from_rows(self, x):
-        x = self.by_plain(x)
-        return x[..., 0] if self.matrix is None else jnp.moveaxis(x, -1, self.matrix)
-
-    def by_axes(self, x):
-        """The batch axes of an array in the order of the site's axes."""
-        order = sorted(range(len(self.batch)), key=lambda i: self.batch[i])
-        return jnp.transpose(x, (*order, *range(len(order), x.ndim)))
-
-    def by_plain(self, x):
-        """(\\*batch, size, ...) to (\\*plain, ...)."""
-        axes = (*self.batch, *self.joint)
-        x = x.reshape(*self.sizes(axes), *x.shape[len(self.batch) + 1 :])
-        order = [axes.index(a) for a in self.plain]
-        return jnp.transpose(x, (*order, *range(len(axes), x.ndim)))
-
-    def to_matrices(self, xx, other: Member):
-        """(\\*plain, \\*joint of the other) to (\\*batch, size, size of the other)."""
-        order = [self.plain.index(a) for a in (*self.batch, *self.joint)]
-        xx = jnp.transpose(xx, (*order, *range(len(order), len(order) + len(other.joint))))
-        return xx.reshape(*self.sizes(self.batch), self.size, other.size)
-
-    def from_matrices(self, xx, other: Member):
-        xx = xx.reshape(*xx.shape[:-1], *other.sizes(other.joint))
-        return self.by_plain(xx)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The precision of a block, as a batch of D x D Wishart matrices, whatever its site is.
-
-    :ivar kind: name of the prior's distribution class.
-    :ivar batch: for each batch axis of the site, which axis of the block's batch it is; ``None``
-        for an axis of size 1 that is none of them.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    batch: tuple[int | None, ...] = ()
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.kind == "Wishart"
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """Its statistics: the logarithm, and what the square is multiplied by."""
-        return FAMILIES[self.kind].keys
-
-    @property
-    def sign(self) -> float:
-        """Of its logarithm in that of the precision: a variance's is -1."""
-        return -1.0 if self.kind == "InverseGamma" else 1.0
-
-    @property
-    def jacobian(self) -> float:
-        """d log |d site / d precision| / d log precision: of a variance, -2."""
-        return -2.0 if self.kind == "InverseGamma" else 0.0
-
-    def to_matrix(self, t):
-        """Values of the site as batches of D x D precisions."""
-        if self.is_matrix:
-            return t
-        return (t**self.sign)[..., None, None]
-
-    def from_matrix(self, t):
-        return t if self.is_matrix else t[..., 0, 0] ** self.sign
-
-    def to_block(self, t, batch_shape):
-        """An array with the axes of the site's batch, under the axes of the block's batch."""
-        mapped = [a for a in self.batch if a is not None]
-        tail = t.shape[len(self.batch) :]
-        t = t.reshape(*(batch_shape[a] for a in mapped), *tail)
-        order = sorted(range(len(mapped)), key=lambda i: mapped[i])
-        t = jnp.transpose(t, (*order, *range(len(mapped), t.ndim)))
-        sizes = [n if a in mapped else 1 for a, n in enumerate(batch_shape)]
-        return t.reshape(*sizes, *tail)
-
-    def from_block(self, x, batch_rank: int):
-        """The sum over the axes that the site's batch does not have, under its axes."""
-        mapped = [a for a in self.batch if a is not None]
-        x = x.sum([a for a in range(batch_rank) if a not in mapped])
-        order = [sorted(mapped).index(a) for a in mapped]
-        x = jnp.transpose(x, (*order, *range(len(mapped), x.ndim)))
-        return x.reshape(*self.shape[: len(self.batch)], *x.shape[len(mapped) :])
+__all__ = ["GaussianBlock"]
 
 
 @dataclass(frozen=True)
@@ -162,12 +42,14 @@ class GaussianBlock:
     :ivar name: the names of its sites, the precision last.
     :ivar batch_shape: of the axes that are independent in q.
     :ivar weight: how often its sites are counted, see :class:`~.factor.Factor`.
+    :ivar plates: (plate, site, axis of the site that the plate is).
     """
 
     members: tuple[Member, ...]
     batch_shape: tuple[int, ...]
     precision: Precision | None = None
     weight: float = 1.0
+    plates: tuple[tuple[str, str, int], ...] = ()
 
     num_values = 0  # it is not discrete
 
@@ -189,6 +71,43 @@ class GaussianBlock:
     def shape_of(self, site: str) -> tuple[int, ...]:
         parts = (*self.members, *(() if self.precision is None else (self.precision,)))
         return next(part.shape for part in parts if part.name == site)
+
+    def plate_axes(self, plate: str) -> dict[str, int]:
+        return {site: axis for name, site, axis in self.plates if name == plate}
+
+    def entry(self, key: str, entries: tuple, plate: str):
+        first, *_ = key.split(":")[1:] or (self.precision.name,)
+        axis = self.plate_axes(plate)[first]
+        if key.startswith("xx:"):
+            axis = next(a.plain.index(axis) for a in self.members if a.name == first)
+        return entries[axis]
+
+    def with_rows(self, plate: str, size: int) -> GaussianBlock:
+        axes = self.plate_axes(plate)
+        places = {
+            a.batch.index(axes[a.name]) if axes.get(a.name) in a.batch else None
+            for a in self.members
+        }
+        inside = set(axes) == set(self.sites) and len(places) == 1 and None not in places
+        if not inside:
+            raise NotConjugateError(
+                f"Block {self.sites}: its elements in plate '{plate}' have a joint factor, and no "
+                "rows of the plate can be drawn on their own."
+            )
+        (place,) = places
+
+        def cut(part):
+            axis = axes[part.name]
+            return replace(part, shape=(*part.shape[:axis], size, *part.shape[axis + 1 :]))
+
+        batch = (*self.batch_shape[:place], size, *self.batch_shape[place + 1 :])
+        return replace(
+            self,
+            members=tuple(cut(member) for member in self.members),
+            batch_shape=batch,
+            precision=None if self.precision is None else cut(self.precision),
+            weight=self.weight * self.batch_shape[place] / size,
+        )
 
     @property
     def dim(self) -> int:

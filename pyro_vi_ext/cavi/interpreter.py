@@ -90,7 +90,7 @@ class Interpreter:
 
         env.update(zip(jaxpr.constvars, map(_known, consts), strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        for eqn in jaxpr.eqns:
+        for eqn in _needed(jaxpr):
             outputs = self._equation(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -268,6 +268,9 @@ class Interpreter:
 
     # Data movement.
 
+    def _transpose(self, a, *, permutation):
+        return Expr(tuple(a.labels[axis] for axis in permutation), a.terms)
+
     def _broadcast_in_dim(self, a, *_, shape, broadcast_dimensions, **params):
         return broadcast_in_dim(a, shape, broadcast_dimensions)
 
@@ -352,6 +355,16 @@ class Interpreter:
 
 def expr(x) -> Expr:
     return x if isinstance(x, Expr) else Expr.of(x)
+
+
+def _needed(jaxpr) -> list:
+    """The equations that outputs depend on: distributions compute more than they are asked for."""
+    needed, found = {id(atom) for atom in jaxpr.outvars}, []
+    for eqn in reversed(jaxpr.eqns):
+        if any(id(out) in needed for out in eqn.outvars):
+            needed.update(map(id, eqn.invars))
+            found.append(eqn)
+    return found[::-1]
 
 
 def _known(x):

@@ -13,26 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["CAVIResult"]
+__all__ = ["CAVIResult", "MeanField"]
 
 
-@dataclass(frozen=True, eq=False)
-class CAVIResult:
-    """What :meth:`CAVI.run` returns, of the start that ended with the best bound.
+@dataclass(frozen=True, eq=False, repr=False)
+class MeanField:
+    """Independent factors of latent sites.
 
     :ivar factors: the factors, by name: that of the site, or those of a block, ``"mu, tau"``.
-    :ivar losses: negative bound after each sweep, nats, 1-D.
     :ivar params: parameters of the factors, factor -> name -> array.
-    :ivar state: expected statistics, factor -> statistic -> array; ``run(state=...)`` goes on
-        there.
-    :ivar bounds: the bound at the end of each start, nats, 1-D.
     """
 
     factors: dict = field(repr=False)
-    losses: np.ndarray
     params: dict
-    state: dict
-    bounds: np.ndarray = field(repr=False)
 
     @functools.cached_property
     def posterior(self) -> dict:
@@ -47,11 +40,6 @@ class CAVIResult:
         for name, factor in self.factors.items():
             marginals.update(factor.marginals(self.params[name]))
         return marginals
-
-    @property
-    def bound(self) -> float:
-        """The evidence lower bound at the end, nats."""
-        return -float(self.losses[-1])
 
     def sample(self, rng_key, sample_shape: Sequence[int] = ()) -> dict:
         """Draw from q.
@@ -111,5 +99,33 @@ class CAVIResult:
         return value.shape[: value.ndim - len(own)]
 
     def __repr__(self) -> str:
-        factors = ", ".join(f"{n}: {type(d).__name__}" for n, d in self.posterior.items())
-        return f"CAVIResult(bound={self.bound:.6f} nats, {len(self.losses)} sweeps; {factors})"
+        return f"{type(self).__name__}({self._shown()})"
+
+    def _shown(self) -> str:
+        return ", ".join(f"{n}: {type(d).__name__}" for n, d in self.posterior.items())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CAVIResult(MeanField):
+    """What :meth:`CAVI.run` returns, of the start that ended with the best bound.
+
+    :ivar losses: negative bound after each sweep, nats, 1-D.
+    :ivar state: expected statistics, factor -> statistic -> array; ``run(state=...)`` goes on
+        there.
+    :ivar bounds: the bound at the end of each start, nats, 1-D.
+    """
+
+    losses: np.ndarray
+    state: dict
+    bounds: np.ndarray
+
+    _unit = "sweeps"
+
+    @property
+    def bound(self) -> float:
+        """The evidence lower bound at the end, nats."""
+        return -float(self.losses[-1])
+
+    def _shown(self) -> str:
+        steps = f"{len(self.losses)} {self._unit}"
+        return f"bound={self.bound:.6f} nats, {steps}; {super()._shown()}"

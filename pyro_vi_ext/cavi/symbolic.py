@@ -135,8 +135,8 @@ class Expr:
         """A known array as a symbolic one."""
         array = np.asarray(array, float)  # sums of integers may overflow, of booleans saturate
         labels = tuple(Label(size) for size in array.shape)
-        if array.ndim == 0:
-            return Expr((), (Term(float(array)),))
+        if array.size and (array == array.flat[0]).all():
+            return Expr(labels, (Term(float(array.flat[0])),))
         return Expr(labels, (Term(1.0, (Known(array, labels),)),))
 
     def is_known(self) -> bool:
