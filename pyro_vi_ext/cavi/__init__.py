@@ -11,6 +11,8 @@ except ImportError as error:
         "pyro_vi_ext.cavi needs JAX and NumPyro: pip install pyro_vi_ext[numpyro]"
     ) from error
 
+from pyro_vi_ext.cavi.augmentations import CRTReparam, PolyaGammaReparam
+from pyro_vi_ext.cavi.auxiliaries import ChineseRestaurantTable, PolyaGamma
 from pyro_vi_ext.cavi.coordinate_ascent import CAVI
 from pyro_vi_ext.cavi.derivation import NotConjugateError
 from pyro_vi_ext.cavi.result import CAVIResult, MeanField
@@ -19,8 +21,12 @@ from pyro_vi_ext.cavi.stochastic import StochasticCAVI, StochasticResult
 __all__ = [
     "CAVI",
     "CAVIResult",
+    "CRTReparam",
+    "ChineseRestaurantTable",
     "MeanField",
     "NotConjugateError",
+    "PolyaGamma",
+    "PolyaGammaReparam",
     "StochasticCAVI",
     "StochasticResult",
 ]

@@ -68,7 +68,7 @@ class _Augmentation(Reparam):
                 f"Site '{name}' is not observed: {type(self).__name__} is for likelihoods. Give "
                 "the site its data, or run the model without the augmentation to predict."
             )
-        shape = jnp.broadcast_shapes(fn.shape(), jnp.shape(obs))
+        shape = jnp.broadcast_shapes(fn.shape(), np.shape(obs))
         mask = _mask(masks)
         _check_observed(name, base, obs, mask)
         y = jnp.where(mask, jnp.asarray(obs, float), 0.0)
@@ -123,7 +123,7 @@ class PolyaGammaReparam(_Augmentation):
     >>> augmented = reparam(model, config={"y": PolyaGammaReparam()})
     >>> q = CAVI(augmented, jnp.array([1, 1, 0, 1])).run().posterior
     >>> round(float(q["psi"].mean), 3), round(float(q["y_omega"].mean[0]), 3)
-    (0.515, 0.239)
+    (0.516, 0.235)
     """
 
     suffix = "omega"
@@ -180,7 +180,7 @@ class CRTReparam(_Augmentation):
     >>> cavi = CAVI(reparam(model, config={"y": CRTReparam()}), jnp.array([0, 2, 1, 4]))
     >>> q = cavi.run().posterior
     >>> round(float(q["r"].mean), 2), round(float(q["p"].mean), 2)
-    (1.71, 0.51)
+    (1.23, 0.57)
     """
 
     suffix = "tables"

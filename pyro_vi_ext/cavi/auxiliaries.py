@@ -63,18 +63,20 @@ class PolyaGamma(dist.Distribution):
 
     def sample(self, key, sample_shape=()):
         shape = tuple(sample_shape) + self.batch_shape
+        k = jnp.arange(NUM_GAMMAS).reshape(-1, *[1] * len(self.batch_shape))
+        weight = 2 / ((math.pi * (2 * k + 1)) ** 2 + self.c**2)
+        mean = self.mean - self.b * weight.sum(0)
+        variance = self.variance - self.b * (weight**2).sum(0)
+        spread = jnp.maximum(variance / mean, 1e-6 * mean)  # a difference of rounded numbers
 
-        def add(k, carry):
-            total, mean, variance = carry
-            weight = 2 / ((math.pi * (2 * k + 1)) ** 2 + self.c**2)
-            draw = jax.random.gamma(jax.random.fold_in(key, k), self.b, shape)
-            return total + weight * draw, mean - weight * self.b, variance - weight**2 * self.b
+        def with_rest(x, rest):
+            x = jnp.broadcast_to(x, (NUM_GAMMAS, *self.batch_shape))
+            return jnp.expand_dims(jnp.append(x, rest[None], 0), [1 + a for a in lead])
 
-        start = (jnp.zeros(shape), self.mean, self.variance)
-        total, mean, variance = jax.lax.fori_loop(0, NUM_GAMMAS, add, start)
-        spread = jnp.maximum(variance / mean**2, 1e-6)  # a difference of rounded numbers
-        rest = jax.random.gamma(jax.random.fold_in(key, NUM_GAMMAS), 1 / spread, shape)
-        return total + rest * mean * spread
+        lead = range(len(sample_shape))
+        concentration = with_rest(self.b, mean / spread)
+        draws = jax.random.gamma(key, concentration, (NUM_GAMMAS + 1, *shape))
+        return (with_rest(weight, spread) * draws).sum(0)
 
     @validate_sample
     def log_prob(self, value):
@@ -184,9 +186,9 @@ class ChineseRestaurantTable(dist.Distribution):
         self.max_count = max_count
         if max_count is None and not_jax_tracer(count):
             self.max_count = int(np.rint(np.asarray(count)).max(initial=0))
-        concentration = jnp.asarray(concentration, float)
+        count, concentration = jnp.asarray(count, float), jnp.asarray(concentration, float)
         self.count, self.concentration = promote_shapes(count, concentration)
-        shape = jnp.broadcast_shapes(jnp.shape(count), concentration.shape)
+        shape = jnp.broadcast_shapes(count.shape, concentration.shape)
         super().__init__(shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)

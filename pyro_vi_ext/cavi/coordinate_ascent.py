@@ -22,6 +22,7 @@ from pyro_vi_ext.cavi.derivation import NotConjugateError, derive
 from pyro_vi_ext.cavi.explanation import explain
 from pyro_vi_ext.cavi.plan import Plan, make_plan
 from pyro_vi_ext.cavi.result import CAVIResult
+from pyro_vi_ext.cavi.sharding import Sharding
 from pyro_vi_ext.cavi.starts import first_moments
 from pyro_vi_ext.objective import positive_int
 from pyro_vi_ext.progress import progress_bar
@@ -76,6 +77,7 @@ class CAVI:
 
     def __init__(self, model, *args, blocks=(), **kwargs):
         self.model, self.blocks = model, tuple(blocks)
+        self._sharding: Sharding | None = None
         self._set(args, kwargs)
         self._first = jax.jit(self._first_sweep)
         self._more = jax.jit(self._sweeps, static_argnames="num")
@@ -99,10 +101,25 @@ class CAVI:
         before = self.plan
         self._set(args, kwargs)
         if self.plan.structure == before.structure:
-            self.plan = before.with_arrays(self.plan.arrays)
+            self.plan = before.with_arrays(self.plan.arrays)  # with the labels of compiled code
         else:
             self._first = jax.jit(self._first_sweep)
             self._more = jax.jit(self._sweeps, static_argnames="num")
+            if self._sharding is not None:
+                self.shard(self._sharding.plate, self._sharding.devices)
+        return self
+
+    def shard(self, plate: str, devices=None) -> CAVI:
+        """Spread the rows of a plate over devices, for all runs that follow.
+
+        :param plate: its name; its rows must be independent given the sites outside of it, and
+            divisible by the number of devices.
+        :param devices: JAX devices; all there are by default.
+        :returns: the object itself.
+        :raises ValueError: for a plate that is not in the model, or a number of rows that is not
+            divisible.
+        """
+        self._sharding = Sharding(self.plan, plate, jax.devices() if devices is None else devices)
         return self
 
     def explain(self) -> str:
@@ -154,14 +171,17 @@ class CAVI:
 
     def _ascend(self, moments, num_steps: int, tol: float, bar):
         """Bounds of all sweeps, and the parameters and moments at the end."""
-        moments, params, bound, proper = self._first(self.plan.arrays, moments)
+        arrays = self.plan.arrays
+        if self._sharding is not None:
+            arrays, moments = self._sharding.arrays(arrays), self._sharding.moments(moments)
+        moments, params, bound, proper = self._first(arrays, moments)
         self._check_proper(params, float(bound), proper)
         series = [np.asarray(bound)[None]]
         bar.update(1)
         done = 1
         while done < num_steps:
             num = min(CHUNK, num_steps - done)
-            moments, params, more = self._more(self.plan.arrays, moments, params, num=num)
+            moments, params, more = self._more(arrays, moments, params, num=num)
             series.append(np.asarray(more))
             done += num
             bar.update(num, note=f"bound={float(more[-1]):.6g}")
@@ -205,6 +225,10 @@ class CAVI:
         """The derived log joint at a draw from the prior is the model's."""
         moments = {name: factor.statistics(example) for name, factor in plan.factors.items()}
         moments = jax.tree.map(np.asarray, moments)
+        for name, factor in plan.factors.items():
+            if "base" in factor.keys:  # log h(value; size), and only eta knows the size
+                eta = plan.natural_parameters(plan.arrays, moments, name)
+                moments[name]["base"] = np.asarray(factor.family.log_base(example[name], eta))
         found = float(plan.expected_log_joint(plan.arrays, moments, xp=np))
         expected, size = _log_joint(self.model, self.args, self.kwargs, example)
         tolerance = 1e3 * float(jnp.finfo(jnp.result_type(float)).eps) * (1.0 + size)

@@ -18,6 +18,7 @@ from numpyro import handlers
 
 from pyro_vi_ext.cavi.algebra import Algebra, broadcast, contract_known
 from pyro_vi_ext.cavi.densities import DENSITIES, density_of
+from pyro_vi_ext.cavi.families import FAMILIES
 from pyro_vi_ext.cavi.interpreter import Interpreter, Poison, expr
 from pyro_vi_ext.cavi.symbolic import (
     Atom,
@@ -122,6 +123,12 @@ _LOOKS = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+_AUGMENTATIONS = {
+    "BernoulliLogits": "PolyaGammaReparam",
+    "BinomialLogits": "PolyaGammaReparam",
+    "NegativeBinomialLogits": "PolyaGammaReparam",
+    "NegativeBinomialProbs": "CRTReparam",
+}
 _POSITIVE = {"Gamma", "Exponential", "InverseGamma", "Beta", "Dirichlet", "LogNormal"}
 
 
@@ -129,7 +136,9 @@ def _latents(draws: PriorDraws, key) -> tuple[dict, dict[str, Latent]]:
     example, latents = draws(key), {}
     for name, site in draws.sites.items():
         base = unwrapped(site["fn"])[0]
-        num_values = _num_values(name, base) if base.support.is_discrete else 0
+        family = FAMILIES.get(type(base).__name__)  # tables: one with a statistic of the value
+        linear = family is not None and "pow1" in family.keys
+        num_values = 0 if linear or not base.support.is_discrete else _num_values(name, base)
         rank = len(site["fn"].batch_shape)
         plates = tuple((f.name, rank + f.dim) for f in site["cond_indep_stack"])
         weight = float(np.prod([draws.plates[plate] for plate, _ in plates], initial=1.0))
@@ -214,6 +223,7 @@ class _Record:
                 raise NotConjugateError(
                     f"Site '{name}' has the distribution {type(fn).__name__}, whose expected "
                     f"log-density is not known here. Supported: {', '.join(sorted(DENSITIES))}."
+                    f"{_hint(name, type(fn).__name__)}"
                 )
             scale = site.get("scale")
             result[name] = {
@@ -251,7 +261,7 @@ def _log_density(name, site, found, latents, algebra, plates) -> list[Term]:
         if isinstance(value, Poison):
             raise NotConjugateError(
                 f"Site '{name}' ({site['fn']}): its {key} is no polynomial in statistics of the "
-                f"latents, because of {value}."
+                f"latents, because of {value}.{_hint(name, site['fn'])}"
             )
     parameters = {key: expr(value) for key, value in found["parameters"].items()}
     value = found["value"]
@@ -280,8 +290,20 @@ def _log_density(name, site, found, latents, algebra, plates) -> list[Term]:
     except NotRepresentable as error:
         raise NotConjugateError(
             f"Site '{name}' ({site['fn']}): its log-density is no polynomial in statistics of the "
-            f"latents, because of {error}."
+            f"latents, because of {error}.{_hint(name, site['fn'])}"
         ) from error
+
+
+def _hint(name: str, kind: str) -> str:
+    """What makes a likelihood conditionally conjugate, if anything."""
+    augmentation = _AUGMENTATIONS.get(kind)
+    if augmentation is None:
+        return ""
+    return (
+        " With an auxiliary latent it is conditionally conjugate: "
+        f"CAVI(numpyro.handlers.reparam(model, config={{'{name}': {augmentation}()}}), ...), "
+        "from pyro_vi_ext.cavi."
+    )
 
 
 def _weight(x, right: int, what: str) -> np.ndarray:

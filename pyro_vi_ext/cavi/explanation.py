@@ -27,8 +27,12 @@ STATISTICS = {
     "pow1": "{}",
     "pow-1": "1/{}",
     "logdet": "log|{}|",
+    "base": "log h({})",
+    "size": "size of {}",
 }
 SOLUTIONS = {
+    "PolyaGamma": "b = eta[size of {0}], c^2 = -2 eta[{0}]",
+    "ChineseRestaurantTable": "count = eta[size of {0}], concentration = exp(eta[{0}])",
     "Gaussian": "variance = -1 / (2 eta[{0}^2]), mean = eta[{0}] variance",
     "joint Gaussian": "covariance = -1/2 eta[{0} {0}']^-1, mean = covariance eta[{0}]",
     "Gamma": "concentration = eta[log {0}] + 1, rate = -eta[{0}]",

@@ -54,17 +54,16 @@ class Rows:
         if not 1 <= size <= old.size:
             raise ValueError(f"The number of rows must be 1, ..., {old.size}, got {size}.")
         local = tuple(name for name, f in plan.factors.items() if f.plate_axes(plate))
-        axes, coefficients = {}, []
+        factors = {
+            n: f.with_rows(plate, size) if n in local else f for n, f in plan.factors.items()
+        }
+        axes, coefficients, new = {}, [], Label(size)
         for product in plan.products:
             _check(plan, product, plate, local)
             own = _axes(product, old)
             axes.update(own)
             if own or any(m.factor in local for m in product.moments):
                 coefficients.append(product.coefficient)
-        new = Label(size)
-        factors = {
-            n: f.with_rows(plate, size) if n in local else f for n, f in plan.factors.items()
-        }
         products = tuple(_relabelled(product, old, new) for product in plan.products)
         part = replace(plan, factors=factors, products=products, plates={**plan.plates, plate: new})
         return Rows(plan, part, old.size, size, axes, tuple(coefficients), local)
