@@ -33,6 +33,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/discrete.py
 	$(BIN)/python benchmarks/vector_quantized.py
 	$(BIN)/python benchmarks/cavi.py
+	$(BIN)/python benchmarks/logistic_regression.py
 
 docs: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
