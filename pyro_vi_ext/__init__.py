@@ -2,12 +2,14 @@
 
 from pyro_vi_ext.antithetic import TraceARM_ELBO, TraceDisARM_ELBO
 from pyro_vi_ext.arviz_export import from_pyro_svi
+from pyro_vi_ext.comparison import Comparison, compare
 from pyro_vi_ext.concrete import TraceConcrete_ELBO
 from pyro_vi_ext.diagnostics import GuideReport, guide_report
 from pyro_vi_ext.elbo_readings import ElboTerms, elbo_terms
 from pyro_vi_ext.evidence import Evidence, log_evidence
 from pyro_vi_ext.gradient_comparison import GradientReport, gradient_report
 from pyro_vi_ext.importance_weighted import ImportanceWeightedELBO
+from pyro_vi_ext.inference_methods import Outcome, by_pyro_svi
 from pyro_vi_ext.lax import TraceLAX_ELBO
 from pyro_vi_ext.leave_one_out import TraceRLOO_ELBO
 from pyro_vi_ext.muprop import TraceMuProp_ELBO
@@ -22,12 +24,14 @@ from pyro_vi_ext.training import FitResult, fit
 from pyro_vi_ext.vector_quantized import VQELBO, VQParts
 
 __all__ = [
+    "Comparison",
     "ElboTerms",
     "Evidence",
     "FitResult",
     "GradientReport",
     "GuideReport",
     "ImportanceWeightedELBO",
+    "Outcome",
     "SemiImplicitELBO",
     "TraceARM_ELBO",
     "TraceConcrete_ELBO",
@@ -43,6 +47,8 @@ __all__ = [
     "VQELBO",
     "VQParts",
     "__version__",
+    "by_pyro_svi",
+    "compare",
     "effective_sample_size",
     "elbo_terms",
     "fit",

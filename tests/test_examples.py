@@ -249,3 +249,19 @@ def test_vq_vae(tmp_path, capsys):
     # A second run continues from the checkpoints, with nothing left to do.
     again = example.main(example.parse(argv.split()))
     assert [row["KL"] for row in again] == pytest.approx([row["KL"] for row in rows])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*r-hat")  # the chains are short
+def test_compare_gmm(tmp_path, capsys):
+    example = load("compare_gmm")
+    argv = (
+        "--num-steps 20 --num-warmup 20 --num-samples 40 --num-draws 50 --num-chains 2 "
+        f"--output {tmp_path}"
+    )
+    comparison = example.main(example.parse(argv.split()))
+    out = capsys.readouterr().out
+    assert len(comparison.table) == 6 and all(row["method"] in out for row in comparison.table)
+    assert len(list((tmp_path / "iris").glob("*.nc"))) == 6
+    for name in ("forest.png", "forest_in_sd.png"):
+        assert (tmp_path / "iris" / name).stat().st_size > 20_000

@@ -247,7 +247,9 @@ def test_moments_by_quadrature_of_scipys_density(kind):
     for i in range(factor.axes.shape[0]):
         frozen = ONE_DIMENSIONAL[kind]({k: float(v[i]) for k, v in q.items()})
         np.testing.assert_allclose(
-            factor.marginals(q)["site"].log_prob(values[0])[i], frozen.logpdf(values[0, i]), rtol=1e-9
+            factor.marginals(q)["site"].log_prob(values[0])[i],
+            frozen.logpdf(values[0, i]),
+            rtol=1e-9,
         )
         log_density, statistics = ON_THE_LINE[kind]
         own = {k: float(v[i]) for k, v in q.items()}
