@@ -7,16 +7,19 @@ EXTRAS := numpyro,arviz,plot,progress,data,test,dev
 # The tensors here are small: more threads cost more than they give, above all on a busy machine.
 export OMP_NUM_THREADS ?= 1
 
+# Test files are shared out over so many processes.
+WORKERS ?= 2
+
 .PHONY: demo test test-all lint format bench docs wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/negative_binomial.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
