@@ -168,8 +168,10 @@ def make_block(latents: Sequence[Latent], uses: Sequence[Use]) -> GaussianBlock:
     own = None
     if precision is not None:
         rank = len(precision.shape) - 2 * (precision.kind == "Wishart")
-        axes = tuple(_block_axis(precision, a, members, uses, names) for a in range(rank))
-        own = Precision(precision.name, precision.kind, precision.shape, axes)
+        axes: list[int | None] = []
+        for axis in range(rank):
+            axes.append(_block_axis(precision, axis, members, sizes, axes, uses, names))
+        own = Precision(precision.name, precision.kind, precision.shape, tuple(axes))
     plates = tuple((plate, x.name, axis) for x in latents for plate, axis in x.plates)
     block = GaussianBlock(members, sizes, own, weights.pop(), plates)
     for use in uses:
@@ -237,7 +239,8 @@ def _shared_axes(gaussians: Sequence[Latent], matrix: dict, uses) -> dict[str, t
         axes = [a for a in range(len(other.shape)) if a != matrix[other.name]]
         found: dict[int, int] = {}
         for axis in mapped[first.name]:
-            choices = [a for a in axes if a not in found.values()]
+            size = first.shape[axis]
+            choices = [a for a in axes if a not in found.values() and other.shape[a] == size]
             both = [pair for use in uses if (pair := _pair(use, first.name, other.name))]
             for a in choices:
                 if both and all(same_entry(x.entries[axis], y.entries[a]) for x, y in both):
@@ -265,9 +268,10 @@ def _pair(use: Use, first: str, second: str) -> tuple[Atom, Atom] | None:
     return None if x is None or y is None else (x, y)
 
 
-def _block_axis(precision: Latent, axis: int, members, uses, names) -> int | None:
-    """Which axis of the block's batch is an axis of the precision."""
-    choices = list(range(len(members[0].batch)))
+def _block_axis(precision: Latent, axis: int, members, sizes, taken, uses, names) -> int | None:
+    """Which axis of the block's batch is an axis of the precision, of those not taken."""
+    size = precision.shape[axis]
+    choices = [c for c in range(len(sizes)) if c not in taken and sizes[c] == size]
     together = False
     for use in uses:
         for member in members:
@@ -308,10 +312,11 @@ def _block_moment(block: GaussianBlock, use: Use) -> tuple[str, tuple]:
         entries = list(x.entries)
         if a.matrix is not None:
             entries[a.matrix] = column
-        return f"x:{a.name}", tuple(entries)
+        return f"x:{names.index(a.name)}", tuple(entries)
     b = members[others[0].site]
     entries = [x.entries[axis] for axis in a.plain]
-    return f"xx:{a.name}:{b.name}", (*entries, *(others[0].entries[axis] for axis in b.joint))
+    key = f"xx:{names.index(a.name)}:{names.index(b.name)}"
+    return key, (*entries, *(others[0].entries[axis] for axis in b.joint))
 
 
 def _contracted(block: GaussianBlock, values: list[Atom], t: Atom, use: Use) -> list:

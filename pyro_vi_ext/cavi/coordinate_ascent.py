@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 
-from pyro_vi_ext.cavi.derivation import NotConjugateError, derive
+from pyro_vi_ext.cavi.derivation import NotConjugateError, compiled, derive
 from pyro_vi_ext.cavi.explanation import explain
 from pyro_vi_ext.cavi.plan import Plan, make_plan
 from pyro_vi_ext.cavi.result import CAVIResult
@@ -270,7 +270,6 @@ def _named_data(model, args, kwargs) -> dict[str, np.ndarray]:
 def _log_joint(model, args, kwargs, example) -> tuple[float, float]:
     """The log joint, and the sum of its terms' sizes."""
 
-    @jax.jit
     def evaluate(values):
         # In the order of the derivation: the same key for each site, so the same subsample.
         seeded = handlers.substitute(handlers.seed(model, jax.random.PRNGKey(0)), data=values)
@@ -282,5 +281,5 @@ def _log_joint(model, args, kwargs, example) -> tuple[float, float]:
                 total, size = total + log_p.sum(), size + jnp.abs(log_p).sum()
         return total, size
 
-    total, size = evaluate(example)
+    total, size = compiled(evaluate, example)(example)
     return float(total), float(size)

@@ -158,9 +158,13 @@ class PriorDraws:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.sites: dict = {}
         self.plates: dict[str, float] = {}
-        self._draw = jax.jit(self._traced)
+        self._draw = None
 
     def __call__(self, key) -> dict:
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.key_data(key)
+        if self._draw is None:
+            self._draw = compiled(self._traced, key)
         return jax.tree.map(np.asarray, self._draw(key))
 
     def _traced(self, key) -> dict:
@@ -171,6 +175,12 @@ class PriorDraws:
         plates = {n: s["args"] for n, s in trace.items() if s["type"] == "plate"}
         self.plates.update({n: size / (part or size or 1) for n, (size, part) in plates.items()})
         return {name: site["value"] for name, site in latent.items()}
+
+
+def compiled(function, *args):
+    """A function compiled in a hurry, for what runs once or twice: optimising it takes longer."""
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function).lower(*args).compile(compiler_options=fast)
 
 
 def _num_values(name: str, fn) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,7 +35,7 @@ SOLUTIONS = {
     "PolyaGamma": "b = eta[size of {0}], c^2 = -2 eta[{0}]",
     "ChineseRestaurantTable": "count = eta[size of {0}], concentration = exp(eta[{0}])",
     "Gaussian": "variance = -1 / (2 eta[{0}^2]), mean = eta[{0}] variance",
-    "joint Gaussian": "covariance = -1/2 eta[{0} {0}']^-1, mean = covariance eta[{0}]",
+    "joint Gaussian": "covariance = -(eta + eta')^-1, eta of {0} {0}'; mean = covariance eta[{0}]",
     "Gamma": "concentration = eta[log {0}] + 1, rate = -eta[{0}]",
     "InverseGamma": "concentration = -eta[log {0}] - 1, rate = -eta[1/{0}]",
     "Beta": "concentrations = eta[log {0}] + 1, eta[log(1 - {0})] + 1",
@@ -43,21 +44,22 @@ SOLUTIONS = {
     "Wishart": "concentration = 2 eta[log|{0}|] + D + 1, rate = -2 eta[{0}]",
     "LogNormal": "of log {0}: variance = -1 / (2 eta[(log)^2]), mean = (eta[log] + 1) variance",
     "joint Gaussian of several sites": (
-        "of x = ({0}): covariance = -1/2 eta[x x']^-1, mean = covariance eta[x]"
+        "of x = ({0}): mean = covariance eta[x], covariance = -(eta + eta')^-1,\n"
+        "        with eta of x x' (of each pair of sites once)"
     ),
     "Gaussian-Gamma": (
         "given {1}, of the n numbers x = ({0}): covariance = C / {1}, mean = C eta[{1} x],\n"
-        "        with C = -1/2 eta[{1} x x']^-1\n"
+        "        with C = -(eta + eta')^-1, eta of {1} x x' (of each pair of sites once)\n"
         "    {1}: concentration = eta[log {1}] + 1 - n/2, rate = -eta[{1}] - 1/2 mean' C^-1 mean"
     ),
     "Gaussian-InverseGamma": (
         "given {1}, of the n numbers x = ({0}): covariance = {1} C, mean = C eta[x / {1}],\n"
-        "        with C = -1/2 eta[x x' / {1}]^-1\n"
+        "        with C = -(eta + eta')^-1, eta of x x' / {1} (of each pair of sites once)\n"
         "    {1}: concentration = -eta[log {1}] - 1 - n/2, rate = -eta[1/{1}] - 1/2 mean' C^-1 mean"
     ),
     "Gaussian-Wishart": (
         "given {1}, of the n rows x of ({0}): covariance = C times {1}^-1, mean = C eta[{1} x],\n"
-        "        with C = -1/2 eta[x' {1} x]^-1\n"
+        "        with C = -(eta + eta')^-1, eta of x' {1} x (of each pair of sites once)\n"
         "    {1}: concentration = 2 eta[log|{1}|] + D + 1 - n, "
         "rate = -2 eta[{1}] - mean' C^-1 mean"
     ),
@@ -73,23 +75,24 @@ def explain(plan: Plan, data: dict[str, np.ndarray] | None = None) -> str:
     blocks = [_site(plan, name, names) for name in plan.order]
     used = "\n".join(blocks)
     legend = [
-        f"{text}: shape {plan.arrays[slot].shape}"
-        for slot, text in names.items()
-        if text.startswith("A") and text[1:].isdigit() and f"{text}[" in used
+        f"{name.text}: shape {plan.arrays[slot].shape[:: -1 if name.flipped else 1]}"
+        for slot, name in names.items()
+        if _is_number(name) and f"{name.text}[" in used
     ]
     return used + ("\n" + "\n".join(dict.fromkeys(legend)) if legend else "")
 
 
-def _site(plan: Plan, name: str, names: dict[int, str]) -> str:
+def _site(plan: Plan, name: str, names: dict[int, Name]) -> str:
     factor = plan.factors[name]
     family = _family(factor)
-    own, sizes = [], {}
-    for site in factor.sites:
-        shape = factor.shape_of(site)
-        letters = string.ascii_lowercase[8 : 8 + len(shape)]  # i, j, ...
-        own.append(_indexed(site, letters))
-        sizes.update(dict.fromkeys(f"{c} < {n}" for c, n in zip(letters, shape, strict=True)))
-    lines = [", ".join([f"q({', '.join(own)}): {family}", *sizes])]
+    shapes = [factor.shape_of(site) for site in factor.sites]
+    letters = [string.ascii_lowercase[8 : 8 + len(shape)] for shape in shapes]  # i, j, ...
+    own = ", ".join(map(_indexed, factor.sites, letters))
+    if len(shapes) > 1:
+        sizes = ["shapes " + ", ".join(map(str, shapes))]
+    else:
+        sizes = [f"{c} < {n}" for c, n in zip(letters[0], shapes[0], strict=True)]
+    lines = [", ".join([f"q({own}): {family}", *sizes])]
     for key in factor.keys:
         rows: dict = {}  # the same text twice, as of a symmetric matrix, is one row
         for product in plan.products:
@@ -148,9 +151,13 @@ def _block_statistic(block: GaussianBlock, key: str, given: list[str], at) -> st
     precision = "" if block.precision is None else block.precision.name
     if ":" not in key:
         return STATISTICS[key].format(at(precision, given))
-    members = {member.name: member for member in block.members}
-    a, *others = (members[name] for name in key.split(":")[1:])
+    a, *others = block.members_of(key)
     is_matrix = a.matrix is not None
+    if precision and given:  # the precision of the same element
+        places = [
+            a.plain.index(a.batch[c]) if c is not None else None for c in block.precision.batch
+        ]
+        precision = at(precision, ["0" if p is None else given[p] for p in places])
     first = at(a.name, given[: len(a.plain)])
     if not others:
         shown = at(f"({precision} {a.name})", given) if is_matrix else at(a.name, given)
@@ -192,21 +199,20 @@ def _own_letters(factor, key: str) -> list[str]:
         return [*axes, *of(factor.axes.joint, "'")] if key == "xx" else axes
     if ":" not in key:
         return of(range(len(factor.precision.shape)))
-    members = {member.name: member for member in factor.members}
-    a, *others = (members[name] for name in key.split(":")[1:])
+    a, *others = factor.members_of(key)
     return [*of(a.plain), *of(others[0].joint, "'")] if others else of(range(len(a.shape)))
 
 
-def _term(product: Product, own: Moment, names: dict[int, str], plan: Plan):
+def _term(product: Product, own: Moment, names: dict[int, Name], plan: Plan):
     """What multiplies a moment of a term: what it is summed over, and factors."""
     factor = plan.factors[own.factor]
     letters: dict[Label, str] = {}
-    conditions = []
+    conditions, same = [], []
     for entry, letter in zip(own.entries, _own_letters(factor, own.key), strict=False):
-        if isinstance(entry, Label):
-            letters.setdefault(entry, letter)
-        else:
+        if not isinstance(entry, Label):
             conditions.append((entry, letter))
+        elif letters.setdefault(entry, letter) != letter:  # on the diagonal only
+            same.append(f"{letter} = {letters[entry]}")
     free = iter(c for c in "nmpqrstuvwxyzabcdefgh" if c not in letters.values())
 
     def letter_of(label: Label) -> str:
@@ -225,15 +231,15 @@ def _term(product: Product, own: Moment, names: dict[int, str], plan: Plan):
         if labels
         else f"{letter} = {int(plan.arrays[slot])}"
         for (slot, labels), letter in conditions
-    ]
+    ] + same
     own_labels = {entry for entry in own.entries if isinstance(entry, Label)}
     summed = [c for label, c in letters.items() if label not in own_labels]
     factors = [text for text in factors if text]
-    if conditions and not summed:
+    if where and not summed:
         over = f"[{', '.join(where)}]"
     else:
         over = f"sum_{{{', '.join(summed)}{': ' if where else ''}{', '.join(where)}}}"
-    return over if summed or conditions else "", " ".join(factors)
+    return over if summed or where else "", " ".join(factors)
 
 
 def _row(over: str, factors: str, source: str, coefficient: float) -> str:
@@ -250,8 +256,18 @@ def _known(array: np.ndarray, name: str, letters: list[str]) -> str:
     return _indexed(name, letters)
 
 
-def _indexed(name: str, letters: Iterable[str]) -> str:
+@dataclass(frozen=True)
+class Name:
+    """What an array is called; or, if flipped, its transpose."""
+
+    text: str
+    flipped: bool = False
+
+
+def _indexed(name: str | Name, letters: Iterable[str]) -> str:
     letters = list(letters)
+    if isinstance(name, Name):
+        letters, name = letters[::-1] if name.flipped else letters, name.text
     return f"{name}[{', '.join(letters)}]" if letters else name
 
 
@@ -271,25 +287,33 @@ def _expected(moment: Moment, plan: Plan, names, letter_of) -> str:
     return f"P({shown})" if moment.key == "onehot" else f"E[{shown}]"
 
 
-def _array_names(plan: Plan, data: dict[str, np.ndarray]) -> dict[int, str]:
+def _array_names(plan: Plan, data: dict[str, np.ndarray]) -> dict[int, Name]:
     """A name for each array: of the data that it is, or the square of; otherwise a number."""
-    names: dict[int, str] = {}
+    known = [
+        (text, np.asarray(value))
+        for name, value in data.items()
+        for text, value in ((name, value), (f"{name}^2", value.astype(float) ** 2))
+    ]
+    names: dict[int, Name] = {}
     for slot, array in enumerate(plan.arrays):
-        for name, value in data.items():
-            for text, candidate in ((name, value), (f"{name}^2", value.astype(float) ** 2)):
-                if slot not in names and array.ndim and _same(array, candidate):
-                    names[slot] = text
-        if slot not in names:
-            same = next(
-                (t for s, t in names.items() if array.ndim and _same(array, plan.arrays[s])), None
-            )
-            number = len({t for t in names.values() if t.startswith("A") and t[1:].isdigit()}) + 1
-            names[slot] = same or f"A{number}"
+        others = [(n.text, plan.arrays[s]) for s, n in names.items() if not n.flipped]
+        found = (
+            Name(text, flipped)
+            for text, other in [*known, *others]
+            if array.ndim
+            for flipped in (False, True)
+            if _same(array, other, flipped)
+        )
+        number = 1 + len({name.text for name in names.values() if _is_number(name)})
+        names[slot] = next(found, Name(f"A{number}"))
     return names
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays are equal up to their order of axes."""
-    if a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=0.0):  # maybe single precision
-        return True
-    return a.ndim == 2 and a.shape == b.shape[::-1] and np.allclose(a, b.T, rtol=1e-6, atol=0.0)
+def _is_number(name: Name) -> bool:
+    return name.text.startswith("A") and name.text[1:].isdigit()
+
+
+def _same(a: np.ndarray, b: np.ndarray, flipped: bool) -> bool:
+    """Whether an array is another, or its transpose; one of the two may be in single precision."""
+    b = b.T if flipped and b.ndim == 2 else b
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=0.0)

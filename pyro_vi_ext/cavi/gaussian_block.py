@@ -65,8 +65,12 @@ class GaussianBlock:
     @property
     def keys(self) -> tuple[str, ...]:
         own = () if self.precision is None else self.precision.keys
-        ones = (f"x:{a.name}" for a in self.members)
-        return (*own, *ones, *(f"xx:{a.name}:{b.name}" for a, b in self._pairs()))
+        numbers = range(len(self.members))
+        return (*own, *(f"x:{i}" for i in numbers), *(f"xx:{i}:{j}" for i, j in self._pairs()))
+
+    def members_of(self, key: str) -> list[Member]:
+        """The Gaussian sites that a statistic is of: ``x:0`` of the first, ``xx:0:1`` of two."""
+        return [self.members[int(i)] for i in key.split(":")[1:]]
 
     def shape_of(self, site: str) -> tuple[int, ...]:
         parts = (*self.members, *(() if self.precision is None else (self.precision,)))
@@ -76,11 +80,9 @@ class GaussianBlock:
         return {site: axis for name, site, axis in self.plates if name == plate}
 
     def entry(self, key: str, entries: tuple, plate: str):
-        first, *_ = key.split(":")[1:] or (self.precision.name,)
-        axis = self.plate_axes(plate)[first]
-        if key.startswith("xx:"):
-            axis = next(a.plain.index(axis) for a in self.members if a.name == first)
-        return entries[axis]
+        first, *others = self.members_of(key) or [self.precision]
+        axis = self.plate_axes(plate)[first.name]
+        return entries[first.plain.index(axis) if others else axis]
 
     def with_rows(self, plate: str, size: int) -> GaussianBlock:
         axes = self.plate_axes(plate)
@@ -121,7 +123,8 @@ class GaussianBlock:
         return sum(member.size for member in self.members)
 
     def _pairs(self):
-        return [(a, b) for i, a in enumerate(self.members) for b in self.members[i:]]
+        numbers = range(len(self.members))
+        return [(i, j) for i in numbers for j in numbers if i <= j]
 
     @property
     def _num_rows(self) -> int:
@@ -133,7 +136,7 @@ class GaussianBlock:
 
     def update(self, eta: dict) -> dict:
         eta = jax.tree.map(lambda g: g / self.weight, eta)
-        linear = jnp.concatenate([a.to_rows(eta[f"x:{a.name}"]) for a in self.members], -2)
+        linear = jnp.concatenate([a.to_rows(eta[f"x:{i}"]) for i, a in enumerate(self.members)], -2)
         covariance = _inverse(-self._symmetric(eta))
         loc = covariance @ linear
         q = {"loc": loc, "covariance": covariance}
@@ -149,15 +152,14 @@ class GaussianBlock:
 
     def _symmetric(self, eta: dict):
         """Natural parameters of X X', plus their transpose, shape (\\*batch, n, n)."""
-        blocks = {(a, b): a.to_matrices(eta[f"xx:{a.name}:{b.name}"], b) for a, b in self._pairs()}
-        rows = []
-        for a in self.members:
-            row = [blocks.get((a, b), 0.0) for b in self.members]
-            row = [
-                x + _transposed(blocks[b, a]) if (b, a) in blocks else x
-                for x, b in zip(row, self.members, strict=True)
-            ]
-            rows.append(jnp.concatenate(row, -1))
+        blocks = {}
+        for i, j in self._pairs():
+            a, b = self.members[i], self.members[j]
+            own = a.to_matrices(eta[f"xx:{i}:{j}"], b)
+            blocks[i, j] = own if i < j else own + _transposed(own)
+            blocks[j, i] = _transposed(blocks[i, j])
+        numbers = range(len(self.members))
+        rows = [jnp.concatenate([blocks[i, j] for j in numbers], -1) for i in numbers]
         return jnp.concatenate(rows, -2)
 
     def moments(self, q: dict) -> dict:
@@ -208,13 +210,13 @@ class GaussianBlock:
     def _split(self, linear, second) -> dict:
         """Statistics of X T and X T X' by sites."""
         result, starts, start = {}, {}, 0
-        for a in self.members:
-            starts[a.name] = slice(start, start + a.size)
+        for i, a in enumerate(self.members):
+            starts[i] = slice(start, start + a.size)
             start += a.size
-            result[f"x:{a.name}"] = a.from_rows(linear[..., starts[a.name], :])
-        for a, b in self._pairs():
-            block = second[..., starts[a.name], starts[b.name]]
-            result[f"xx:{a.name}:{b.name}"] = a.from_matrices(block, b)
+            result[f"x:{i}"] = a.from_rows(linear[..., starts[i], :])
+        for i, j in self._pairs():
+            block = second[..., starts[i], starts[j]]
+            result[f"xx:{i}:{j}"] = self.members[i].from_matrices(block, self.members[j])
         return result
 
     # What a user sees.

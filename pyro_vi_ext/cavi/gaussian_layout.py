@@ -133,7 +133,7 @@ class Precision:
     def from_block(self, x, batch_rank: int):
         """The sum over the axes that the site's batch does not have, under its axes."""
         mapped = [a for a in self.batch if a is not None]
-        x = x.sum([a for a in range(batch_rank) if a not in mapped])
+        x = x.sum(tuple(a for a in range(batch_rank) if a not in mapped))
         order = [sorted(mapped).index(a) for a in mapped]
         x = jnp.transpose(x, (*order, *range(len(mapped), x.ndim)))
         return x.reshape(*self.shape[: len(self.batch)], *x.shape[len(mapped) :])

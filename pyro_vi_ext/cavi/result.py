@@ -47,7 +47,7 @@ class MeanField:
         :param sample_shape: shape of independent draws.
         :returns: site -> array, shape (\\*sample_shape, \\*shape of the site in the model).
         """
-        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
+        shape = tuple(int(n) for n in np.atleast_1d(np.asarray(sample_shape, int)))
 
         def draw(key):
             values: dict = {}
