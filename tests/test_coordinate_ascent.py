@@ -7,8 +7,9 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.infer.util import log_density
 
-from pyro_vi_ext.cavi import CAVI, NotConjugateError
+from pyro_vi_ext.cavi import CAVI, NotConjugateError, StochasticCAVI
 from pyro_vi_ext.models.negative_binomial_numpyro import enable_x64
 
 
@@ -104,24 +105,130 @@ def test_other_data_of_the_same_shape_compile_nothing_new():
     np.testing.assert_allclose(cavi.update(longer).run(30).losses, expected.losses, rtol=1e-12)
 
 
-def test_masked_latents_are_refused():
-    """They have no density where they are masked, and what depends on them would go unsaid."""
+SEEN = np.array([True, True, False, True, False])
 
+
+def local(y, mask=None, size=5):
+    """A Gaussian and a Gamma latent for each datum; rows may be hidden."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+    mask = True if mask is None else mask
+    with numpyro.plate("data", size):
+        w = numpyro.sample("w", dist.Normal(mu, 0.7).mask(mask))
+        u = numpyro.sample("u", dist.Gamma(3.0, 2.0).mask(mask))
+        numpyro.sample("y", dist.Normal(w, 1 / jnp.sqrt(u)).mask(mask), obs=y)
+
+
+def test_hidden_latents_are_as_left_out():
+    """They have the bound of the model without them, and their prior."""
+    hidden = CAVI(local, DATA, SEEN).run(400, tol=0)
+    rest = CAVI(local, DATA[SEEN], None, 3).run(400, tol=0)
+    assert hidden.bound == pytest.approx(rest.bound, rel=1e-12)
+    q, other = hidden.posterior, rest.posterior
+    assert float(q["mu"].loc) == pytest.approx(float(other["mu"].loc), rel=1e-12)
+    np.testing.assert_allclose(q["w"].loc[SEEN], other["w"].loc, rtol=1e-10)
+    np.testing.assert_allclose(q["u"].rate[SEEN], other["u"].rate, rtol=1e-10)
+    np.testing.assert_allclose(q["w"].loc[~SEEN], q["mu"].loc, rtol=1e-12)
+    np.testing.assert_allclose(q["w"].scale[~SEEN], 0.7, rtol=1e-12)
+    np.testing.assert_allclose(q["u"].concentration[~SEEN], 3.0)
+    np.testing.assert_allclose(q["u"].rate[~SEEN], 2.0)
+    # The mask is data.
+    cavi = CAVI(local, DATA, ~SEEN).update(DATA, SEEN)
+    assert cavi.run(400, tol=0).bound == pytest.approx(rest.bound, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_minibatches_of_hidden_latents():
+    stochastic = StochasticCAVI(CAVI(local, DATA, SEEN), "data", 2, num_local_steps=100)
+    result = stochastic.run(3)
+    moments = {n: f.moments(result.params[n]) for n, f in result.factors.items()}
+    every = result.local(np.arange(5))
+    moments.update({n: f.moments(every.params[n]) for n, f in every.factors.items()})
+    plan = stochastic.cavi.plan
+    bound = plan.expected_log_joint(plan.arrays, moments)
+    bound = bound + plan.entropy(plan.arrays, {**result.params, **every.params})
+    assert result.bound == pytest.approx(float(bound), rel=1e-10)
+    np.testing.assert_allclose(every.posterior["u"].concentration[~SEEN], 3.0)
+
+
+def test_missing_observations_are_imputed():
+    """obs_mask: mean field of what is missing and of mu, in closed form."""
+
+    def model(x):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+        with numpyro.plate("data", 5):
+            numpyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=SEEN)
+
+    result = CAVI(model, np.where(SEEN, DATA, 99.0)).run(400, tol=0)
+    precision = 1 / 4 + 5
+    mean = DATA[SEEN].sum() / (precision - 2)  # (sum + 2 mean) / precision = mean
+    q = result.posterior
+    assert float(q["mu"].loc) == pytest.approx(mean, rel=1e-12)
+    assert float(q["mu"].scale) == pytest.approx(precision**-0.5, rel=1e-12)
+    np.testing.assert_allclose(q["x_unobserved"].loc, mean, rtol=1e-12)
+    # E log p(mu) + E log p(x | mu) + entropies of mu and of the two that are missing
+    square = mean**2 + 1 / precision
+    want = -0.5 * np.log(2 * np.pi * 4) - square / 8
+    want += -2.5 * np.log(2 * np.pi) - 0.5 * ((DATA[SEEN] - mean) ** 2 + 1 / precision).sum()
+    want += -0.5 * 2 * (1 + 1 / precision)
+    want += 0.5 * np.log(2 * np.pi * np.e / precision) + np.log(2 * np.pi * np.e)
+    assert result.bound == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_missing_covariates_are_imputed():
+    """Joint rows, some hidden: the bound against draws of what is not."""
+    rng = np.random.default_rng(4)
+    covariates = rng.normal(size=(5, 2))
+
+    def model(y):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with numpyro.plate("data", 5):
+            normal = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+            x = numpyro.sample("x", normal, obs=covariates, obs_mask=SEEN)
+            numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    result = CAVI(model, DATA).run(100, tol=0)
+    assert (np.diff(result.losses) < 1e-9).all()
+    draws = result.sample(jax.random.PRNGKey(0), (20_000,))
+    log_p = jax.vmap(lambda values: log_density(model, (DATA,), {}, values)[0])(draws)
+    log_w = result.log_density({"w": draws["w"]})
+    log_x = result.posterior["x_unobserved"].log_prob(draws["x_unobserved"])
+    weights = np.asarray(log_p - log_w - log_x[:, ~SEEN].sum(1))
+    error = weights.std() / len(weights) ** 0.5
+    assert abs(weights.mean() - result.bound) < 4 * error
+    assert 4 * error < 0.1  # an entropy of a hidden row is 2.8 nats
+
+
+def test_hidden_values_that_others_use_are_refused():
     def masked(x):
         with handlers.mask(mask=False):
             w = numpyro.sample("w", dist.Normal(0.0, 1.0))
         numpyro.sample("x", dist.Normal(w, 1.0), obs=x)
 
-    def missing(x):
-        with numpyro.plate("data", 3):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            seen = np.array([True, True, False])
-            numpyro.sample("x", dist.Normal(z, 0.5), obs=x, obs_mask=seen)
+    def joint(x):
+        with numpyro.plate("columns", 3):
+            w = numpyro.sample("w", dist.Normal(0.0, 1.0).mask(np.array([True, False, True])))
+        numpyro.sample("x", dist.Normal(w.sum(), 1.0), obs=x)
 
-    with pytest.raises(NotConjugateError, match="Latent site 'w' is masked"):
-        CAVI(masked, 2.0)
-    with pytest.raises(NotConjugateError, match="Latent site 'x_unobserved' is masked"):
-        CAVI(missing, np.array([1.0, -2.0, 0.0]))
+    for model in (masked, joint):
+        with pytest.raises(NotConjugateError, match="'w' is masked, and other sites use"):
+            CAVI(model, 2.0)
+
+    def block(x):
+        tau = numpyro.sample("tau", dist.Gamma(1.0, 1.0))
+        with numpyro.plate("data", 5):
+            w = numpyro.sample("w", dist.Normal(0.0, 1 / jnp.sqrt(tau)).mask(SEEN))
+            numpyro.sample("x", dist.Normal(w, 1 / jnp.sqrt(tau)).mask(SEEN), obs=x)
+
+    with pytest.raises(NotConjugateError, match="'w' is masked: leave it out of block"):
+        CAVI(block, DATA, blocks=[("tau", "w")])
+
+
+def test_either_kind_of_key_gives_the_same_draws():
+    cavi = CAVI(gaussian, DATA)
+    old = cavi.run(2, rng_key=jax.random.PRNGKey(5))
+    new = cavi.run(2, rng_key=jax.random.key(5))
+    np.testing.assert_array_equal(old.losses, new.losses)
 
 
 def test_masked_observations_count_for_nothing():

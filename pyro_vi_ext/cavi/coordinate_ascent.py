@@ -201,15 +201,12 @@ class CAVI:
         """Update every factor in turn: new moments, parameters, and the bound."""
         params = {}
         for name in self.plan.order:
-            factor = self.plan.factors[name]
-            eta = self.plan.natural_parameters(arrays, moments, name)
-            params[name] = factor.update(eta)
-            moments = {**moments, name: factor.moments(params[name])}
+            eta, params[name] = self.plan.update(arrays, moments, name)
+            moments = {**moments, name: self.plan.factors[name].moments(params[name])}
         # F is linear in the moments of each site: its terms with the last one are <eta, moments>.
         bound = self.plan.expected_log_joint(arrays, moments, without=name)
         bound = bound + sum(jnp.vdot(eta[key], moments[name][key]) for key in eta)
-        bound = bound + sum(f.entropy(params[n]) for n, f in self.plan.factors.items())
-        return moments, params, bound
+        return moments, params, bound + self.plan.entropy(arrays, params)
 
     def _sweeps(self, arrays, moments, params, num: int):
         def body(carry, _):
@@ -229,6 +226,13 @@ class CAVI:
             if "base" in factor.keys:  # log h(value; size), and only eta knows the size
                 eta = plan.natural_parameters(plan.arrays, moments, name)
                 moments[name]["base"] = np.asarray(factor.family.log_base(example[name], eta))
+        for name, slot in plan.hidden.items():
+            eta = plan.natural_parameters(plan.arrays, moments, name)
+            if plan.factors[name].touches(eta, jnp.asarray(plan.arrays[slot])):
+                raise NotConjugateError(
+                    f"Latent site '{name}' is masked, and other sites use its values where it is "
+                    "hidden and has no density. Mask these too, or leave the mask out."
+                )
         found = float(plan.expected_log_joint(plan.arrays, moments, xp=np))
         expected, size = _log_joint(self.model, self.args, self.kwargs, example)
         tolerance = 1e3 * float(jnp.finfo(jnp.result_type(float)).eps) * (1.0 + size)

@@ -65,12 +65,17 @@ class Derivation:
     :ivar latents: the latents, in the order of the model.
     :ivar terms: the terms of the log joint; with the site that each comes from in ``sources``.
     :ivar plates: the label that a plate's axis has in all terms.
+    :ivar hidden: of a latent that masks hide, whether they do, element by element.
+    :ivar priors: the terms of a hidden latent's log-density where it is hidden. They are none of
+        the log joint, and the only ones that these elements have.
     """
 
     latents: dict[str, Latent]
     terms: tuple[Term, ...]
     sources: tuple[str, ...]
     plates: dict[str, Label]
+    hidden: dict[str, np.ndarray]
+    priors: dict[str, tuple[Term, ...]]
     example: dict  # a draw from the prior
     draws: PriorDraws
 
@@ -101,9 +106,17 @@ def derive(model, args, kwargs, key) -> Derivation:
     outputs = Interpreter(algebra).run(traced.jaxpr, traced.consts, inputs)
     values = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
     terms, sources, plates = [], [], {n: Label(size) for n, size in record.plates.items()}
+    hidden, priors = {}, {}
     for name, parameters in values.items():
-        log_p = _log_density(name, record.sites[name], parameters, latents, algebra, plates)
-        for term in merged(simplified(log_p, ()), plates.values()):
+        site = record.sites[name]
+        log_p, masked, mask = _log_density(name, site, parameters, latents, algebra, plates)
+        if masked:
+            latent = latents[name]
+            events = len(latent.shape) - mask.ndim
+            mask = mask.reshape(mask.shape + (1,) * events)
+            hidden[name] = np.broadcast_to(mask, latent.shape)
+            priors[name] = tuple(map(contract_known, _added_up(masked, plates)))
+        for term in _added_up(log_p, plates):
             term = contract_known(term)
             numbers = (term.coefficient, *(known.array for known in term.knowns))
             if not all(np.isfinite(x).all() for x in numbers):
@@ -114,7 +127,7 @@ def derive(model, args, kwargs, key) -> Derivation:
                 )
             terms.append(term)
             sources.append(name)
-    return Derivation(latents, tuple(terms), tuple(sources), plates, example, draws)
+    return Derivation(latents, tuple(terms), tuple(sources), plates, hidden, priors, example, draws)
 
 
 _LOOKS = (
@@ -265,8 +278,15 @@ def _symbol(latent: Latent) -> Expr:
     return Expr(labels, (Term(1.0, (values,), (Atom(latent.name, ("onehot",), (*labels, k)),)),))
 
 
-def _log_density(name, site, found, latents, algebra, plates) -> list[Term]:
-    """The terms of a site's log-density, summed; axes of plates have the plates' labels."""
+def _added_up(terms: list[Term], plates: dict[str, Label]) -> list[Term]:
+    return merged(simplified(terms, ()), plates.values())
+
+
+def _log_density(name, site, found, latents, algebra, plates):
+    """The terms of a site's log-density, summed; axes of plates have the plates' labels.
+
+    :returns: the terms; those of a latent where masks hide it, and where that is.
+    """
     for key, value in {**found["parameters"], "value": found["value"]}.items():
         if isinstance(value, Poison):
             raise NotConjugateError(
@@ -278,25 +298,29 @@ def _log_density(name, site, found, latents, algebra, plates) -> list[Term]:
     try:
         masks = zip(found["masks"], site["masks"], strict=False)
         weights = [_weight(x, right, "mask") for x, right in masks]
-        if name in latents and any((weight == 0).any() for weight in weights):
-            raise NotConjugateError(
-                f"Latent site '{name}' is masked: at masked elements it has no density, so its "
-                "factor has none either. Leave these elements out of the model (an obs_mask makes "
-                "such latents: index the observed rows instead); masks of observed sites are fine."
-            )
+        is_hidden = name in latents and any((weight == 0).any() for weight in weights)
+        num_masks = len(weights)
         if isinstance(value, np.ndarray) and weights:
             value = _filled(value, weights, site)
         weights += [_weight(x, site["claimed"], "scale") for x in found["scales"]]
         log_p = site["density"].log_density(algebra, expr(value), parameters)
         shape = np.broadcast_shapes(log_p.shape, site["shape"], *(w.shape for w in weights))
-        log_p = broadcast(log_p, shape)
-        for weight in weights:
-            log_p = log_p * broadcast(Expr.of(weight), shape)
         right = len(shape) - site["claimed"]
         labels = {right + frame.dim: plates[frame.name] for frame in site["frames"]}
-        log_p = log_p.relabelled([labels.get(axis, Label(n)) for axis, n in enumerate(shape)])
-        log_p = log_p.sum(axis for axis in range(len(shape)) if axis not in labels)
-        return [t.counting(log_p.labels) for t in log_p.terms]
+
+        def summed(*weights: np.ndarray) -> list[Term]:
+            total = broadcast(log_p, shape)
+            for weight in weights:
+                total = total * broadcast(Expr.of(weight), shape)
+            total = total.relabelled([labels.get(axis, Label(n)) for axis, n in enumerate(shape)])
+            total = total.sum(axis for axis in range(len(shape)) if axis not in labels)
+            return [term.counting(total.labels) for term in total.terms]
+
+        if not is_hidden:
+            return summed(*weights), [], None
+        mask = np.broadcast_to(functools.reduce(np.multiply, weights[:num_masks]), shape) == 0
+        scale = np.asarray(latents[name].weight)
+        return summed(*weights), summed(mask.astype(float), scale), mask
     except NotRepresentable as error:
         raise NotConjugateError(
             f"Site '{name}' ({site['fn']}): its log-density is no polynomial in statistics of the "

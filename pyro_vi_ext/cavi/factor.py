@@ -7,6 +7,7 @@ Another factor, of several sites, is :class:`~pyro_vi_ext.cavi.gaussian_block.Ga
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -85,6 +86,35 @@ class Factor:
     def entropy(self, q: dict):
         """Entropy of all elements, nats."""
         return self.weight * self.family.entropy(q, self).sum()
+
+    def hidden_entropy(self, q: dict, hidden):
+        """Entropy of the elements that are hidden, which are independent of all others.
+
+        :param hidden: 1 where an element is hidden and 0 elsewhere, shape of the site.
+        """
+        if not self.axes.joint:
+            each = self.family.entropy(q, self)
+            own = hidden.reshape(*each.shape, -1)[..., 0]  # events are hidden as a whole
+            return self.weight * jnp.where(own > 0, each, 0.0).sum()
+        own = self.axes.to_rows(hidden)
+        both = own[..., :, None] * own[..., None, :]
+        covariance = q["covariance"] * both + jnp.eye(self.axes.size) * (1 - own)[..., None]
+        only = {"loc": q["loc"] * hidden, "covariance": covariance}
+        ones = 0.5 * (1 + math.log(2 * math.pi)) * (1 - own).sum()  # of the 1s on the diagonal
+        return self.weight * (self.family.entropy(only, self).sum() - ones)
+
+    def touches(self, eta: dict, hidden) -> bool:
+        """Whether hidden elements have natural parameters."""
+        for key, value in eta.items():
+            own = hidden
+            if key == "xx" and self.axes.joint:
+                value, own = self.axes.to_matrices(value), self.axes.to_rows(hidden)
+                own = jnp.maximum(own[..., :, None], own[..., None, :])
+            own = own.reshape(*own.shape, *(1,) * (value.ndim - own.ndim))
+            own = own[(slice(None),) * value.ndim + (0,) * (own.ndim - value.ndim)]  # events
+            if bool(((value != 0) & (own > 0)).any()):
+                return True
+        return False
 
     def is_proper(self, q: dict):
         """Whether the parameters are those of a distribution."""

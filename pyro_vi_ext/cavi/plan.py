@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyro_vi_ext.cavi.conjugacy import Use, make_block, make_factor, moment_of
-from pyro_vi_ext.cavi.derivation import Derivation
+from pyro_vi_ext.cavi.derivation import Derivation, NotConjugateError
 from pyro_vi_ext.cavi.symbolic import Label, Term
 
 __all__ = ["Plan", "make_plan"]
@@ -53,12 +53,16 @@ class Plan:
     :ivar products: the terms.
     :ivar arrays: the numbers in them; other data of the same shapes have others.
     :ivar plates: the label of each plate's axis.
+    :ivar priors: by factor, the terms that only its hidden elements have; none of F.
+    :ivar hidden: by factor, the position of the array that says which elements are hidden.
     """
 
     factors: dict
     products: tuple[Product, ...]
     arrays: list
     plates: dict[str, Label] = field(default_factory=dict)
+    priors: dict[str, tuple[Product, ...]] = field(default_factory=dict)
+    hidden: dict[str, int] = field(default_factory=dict)
 
     @property
     def order(self) -> list[str]:
@@ -69,8 +73,9 @@ class Plan:
     def structure(self) -> tuple:
         """All but the numbers: plans of one structure share compiled code."""
         shapes = tuple((array.shape, array.dtype.str) for array in self.arrays)
-        products = tuple((p.source, p.coefficient, _outline(p)) for p in self.products)
-        return shapes, products, tuple(self.factors.values())
+        every = [*self.products, *(p for own in self.priors.values() for p in own)]
+        products = tuple((p.source, p.coefficient, _outline(p)) for p in every)
+        return shapes, products, tuple(self.factors.values()), tuple(self.hidden.items())
 
     def with_arrays(self, arrays: list) -> Plan:
         return replace(self, arrays=arrays)
@@ -91,6 +96,31 @@ class Plan:
 
         return jax.grad(part)(moments[name])
 
+    def update(self, arrays, moments, name: str) -> tuple[dict, dict]:
+        """Natural parameters of a factor, and the parameters of the best one.
+
+        Elements that masks hide have no term in F: their factor is exp E[log prior].
+        """
+        eta = self.natural_parameters(arrays, moments, name)
+        if name not in self.priors:
+            return eta, self.factors[name].update(eta)
+
+        def part(own):
+            terms = (_value(p, arrays, {**moments, name: own}, jnp) for p in self.priors[name])
+            return sum(terms)
+
+        whole = jax.tree.map(jnp.add, eta, jax.grad(part)(moments[name]))
+        return eta, self.factors[name].update(whole)
+
+    def entropy(self, arrays, params):
+        """Entropy of q, without that of hidden elements."""
+        total = 0.0
+        for name, factor in self.factors.items():
+            total = total + factor.entropy(params[name])
+            if name in self.hidden:
+                total = total - factor.hidden_entropy(params[name], arrays[self.hidden[name]])
+        return total
+
 
 def make_plan(derivation: Derivation, blocks: Sequence[Sequence[str]] = ()) -> Plan:
     """:raises NotConjugateError: if a term has a moment of which no closed form is known."""
@@ -98,14 +128,24 @@ def make_plan(derivation: Derivation, blocks: Sequence[Sequence[str]] = ()) -> P
     pairs = list(zip(derivation.terms, derivation.sources, strict=True))
     factors = {}
     for group in groups:
-        uses = [use for term, source in pairs if (use := _use(term, source, group))]
+        own = [(term, name) for name in group for term in derivation.priors.get(name, ())]
+        uses = [use for term, source in [*pairs, *own] if (use := _use(term, source, group))]
         latents = [derivation.latents[name] for name in group]
         one = len(group) == 1
+        masked = next((name for name in group if name in derivation.hidden), None)
+        if masked and not one:
+            raise NotConjugateError(f"Site '{masked}' is masked: leave it out of block {group}.")
         factor = make_factor(latents[0], uses) if one else make_block(latents, uses)
         factors[factor.name] = factor
     arrays: list = []
     products = tuple(_product(term, source, factors, arrays) for term, source in pairs)
-    return Plan(factors, products, arrays, derivation.plates)
+    priors, hidden = {}, {}
+    for name, mask in derivation.hidden.items():
+        own = derivation.priors[name]
+        priors[name] = tuple(_product(term, name, factors, arrays) for term in own)
+        hidden[name] = len(arrays)
+        arrays.append(mask.astype(float))
+    return Plan(factors, products, arrays, derivation.plates, priors, hidden)
 
 
 def _groups(derivation: Derivation, blocks: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -58,14 +58,26 @@ class Rows:
             n: f.with_rows(plate, size) if n in local else f for n, f in plan.factors.items()
         }
         axes, coefficients, new = {}, [], Label(size)
-        for product in plan.products:
+        for product in (*plan.products, *(p for own in plan.priors.values() for p in own)):
             _check(plan, product, plate, local)
             own = _axes(product, old)
             axes.update(own)
             if own or any(m.factor in local for m in product.moments):
                 coefficients.append(product.coefficient)
-        products = tuple(_relabelled(product, old, new) for product in plan.products)
-        part = replace(plan, factors=factors, products=products, plates={**plan.plates, plate: new})
+        for name, slot in plan.hidden.items():
+            if name in local:
+                axes[slot] = plan.factors[name].plate_axes(plate)[name]
+
+        def relabelled(products):
+            return tuple(_relabelled(product, old, new) for product in products)
+
+        part = replace(
+            plan,
+            factors=factors,
+            products=relabelled(plan.products),
+            priors={name: relabelled(own) for name, own in plan.priors.items()},
+            plates={**plan.plates, plate: new},
+        )
         return Rows(plan, part, old.size, size, axes, tuple(coefficients), local)
 
     def arrays(self, arrays: list, rows) -> list:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyro_vi_ext.cavi.coordinate_ascent import CAVI
+from pyro_vi_ext.cavi.derivation import NotConjugateError
 from pyro_vi_ext.cavi.result import CAVIResult, MeanField
 from pyro_vi_ext.cavi.rows import Rows
 from pyro_vi_ext.cavi.starts import first_moments
@@ -124,6 +125,12 @@ class StochasticCAVI:
         self._global = [name for name in order if name not in self.rows.local]
         if not self._global:
             raise ValueError(f"All latents are in plate '{plate}': there is nothing to learn.")
+        masked = next((name for name in self._global if name in cavi.plan.hidden), None)
+        if masked is not None:
+            raise NotConjugateError(
+                f"Site '{masked}' is masked and outside of plate '{plate}', where its hidden "
+                "elements have no natural parameters: leave them out of the model."
+            )
         self._many = jax.jit(self._steps)
         self._estimate = jax.jit(self._estimates)
 
@@ -255,16 +262,14 @@ class StochasticCAVI:
         def sweep(_, carry):
             moments, params = dict(carry[0]), dict(carry[1])
             for name in self._local:
-                best = plan.natural_parameters(arrays, moments, name)
-                params[name] = plan.factors[name].update(best)
+                _, params[name] = plan.update(arrays, moments, name)
                 moments[name] = plan.factors[name].moments(params[name])
             return moments, params
 
         found = sweep(0, (moments, params))
         moments, params = jax.lax.fori_loop(1, self.num_local_steps, sweep, found)
         bound = plan.expected_log_joint(arrays, moments)
-        bound = bound + sum(f.entropy(params[n]) for n, f in plan.factors.items())
-        return arrays, moments, bound, params
+        return arrays, moments, bound + plan.entropy(arrays, params), params
 
     # All rows.
 
