@@ -138,7 +138,7 @@ def by_pyro_svi(
 
 
 def _inspect(model, args, kwargs) -> tuple[set[str], int]:
-    """Names of the latents of a model without scales; how many numbers its sites have."""
+    """Continuous latents of a model without scales; how many numbers its sites have."""
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     for name, site in sample_sites(trace).items():
@@ -148,14 +148,16 @@ def _inspect(model, args, kwargs) -> tuple[set[str], int]:
         if bool(((torch.as_tensor(site["scale"]) / expected - 1).abs() > 1e-5).any()):
             raise scaled(name)
     size = sum(site["value"].numel() for site in sample_sites(trace).values())
-    return set(latent_sites(trace)), max(1, size)
+    latents = latent_sites(trace)
+    smooth = {n for n in latents if not trace.nodes[n]["fn"].support.is_discrete}
+    return smooth, max(1, size)
 
 
 # --- for all methods --------------------------------------------------------------------------
 
 
 def weighted(sites: dict, names: set, log_p, log_q, **options) -> Outcome:
-    """Independent draws, without weights if a site of the guide is a point mass."""
+    """Independent draws, without weights if q is a point mass at one of the sites named."""
     masses = [
         n for n in sorted(names) if sites[n].dtype.kind == "f" and not np.ptp(sites[n], 0).any()
     ]

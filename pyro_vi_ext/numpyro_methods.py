@@ -22,6 +22,7 @@ from pyro_vi_ext.inference_methods import Outcome, scaled, weighted
 try:
     import jax
     import jax.numpy as jnp
+    import numpyro.distributions as dist
     from numpyro import handlers
     from numpyro.infer import MCMC, NUTS, SVI
     from numpyro.infer.mcmc import MCMCKernel
@@ -58,8 +59,8 @@ def by_cavi(
     :param marginal: a NumPyro model with fewer latents, for the same arguments.
     :param blocks: as of ``CAVI``; ``num_steps``, ``tol`` and ``num_restarts`` as of its ``run``.
 
-    When it runs: the errors of ``CAVI``; ``ValueError`` if ``marginal`` has a latent that the model
-    has not, or if its bound is below that of the model, so that it is another model;
+    When it runs: the errors of ``CAVI``; ``ValueError`` if ``marginal`` is another model, which is
+    seen if it has a latent that the model has not, another prior, or a lower bound;
     ``NotImplementedError`` for sites that are scaled or subsampled.
 
     Example: five data, whose mean has the exact posterior N(2.5, 1/6).
@@ -102,6 +103,7 @@ def by_cavi(
         log_p, sites = _score(scored, args, kwargs, draws)
         bound, notes = result.bound, ()
         if marginal is not None:
+            _check_marginal(model, marginal, args, kwargs, {n: v[0] for n, v in draws.items()})
             notes = (_marginal_note(log_p - log_q, bound),)
             bound = None
         return Outcome(sites, log_p, log_q, bound, seconds=seconds, notes=notes, fitted=result)
@@ -146,6 +148,7 @@ def by_numpyro_svi(
         names = _latents(model, args, kwargs, params)
         _check_same(names, _latents(guide, args, kwargs, params, auxiliary=False))
         options = {"init_state": state, "progress_bar": _shown(progress)}
+        _check_auxiliaries(guide, args, kwargs, params)
         result = svi.run(run_key, num_steps, *args, **options, **kwargs)
         params = jax.block_until_ready(result.params)
         seconds = time.perf_counter() - start
@@ -230,8 +233,23 @@ def _check_same(model: set[str], guide: set[str]) -> None:
     for name in sorted(model ^ guide):
         here, there = ("model", "guide") if name in model else ("guide", "model")
         raise ValueError(
-            f"Site '{name}' is a latent of the {here} and not of the {there}. Draw it in both; "
-            "noise of the guide gets infer={'is_auxiliary': True}."
+            f"Site '{name}' is a latent of the {here} and not of the {there}. Draw it in both."
+        )
+
+
+def _check_auxiliaries(guide, args, kwargs, params) -> None:
+    """With noise of its own, a guide has no known density, unless all latents are functions of it
+    with a Jacobian, as those of NumPyro's autoguides are."""
+    seeded = handlers.seed(handlers.substitute(guide, data=params), jax.random.PRNGKey(0))
+    trace = handlers.trace(seeded).get_trace(*args, **kwargs)
+    latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+    noise = [n for n, s in latent.items() if s["infer"].get("is_auxiliary")]
+    drawn = [n for n, s in latent.items() if n not in noise and not isinstance(s["fn"], dist.Delta)]
+    if noise and drawn:
+        raise NotImplementedError(
+            f"Site '{noise[0]}' of the guide is noise of its own, so the density of '{drawn[0]}' "
+            "is an integral over it, which is not known. Use a guide without auxiliary sites, or "
+            "by_pyro_svi with a semi-implicit guide."
         )
 
 
@@ -265,6 +283,30 @@ def _numpy(tree):
 
 def _shown(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
+
+
+def _check_marginal(model, marginal, args, kwargs, values) -> None:
+    """Latents whose density does not depend on those added up have the same one in both models."""
+
+    def log_probs(program, num: int) -> dict[str, np.ndarray]:
+        def one(key):
+            given = handlers.seed(handlers.substitute(program, data=values), key)
+            trace = handlers.trace(given).get_trace(*args, **kwargs)
+            return {n: trace[n]["fn"].log_prob(trace[n]["value"]).sum() for n in values}
+
+        keys = jax.random.split(jax.random.PRNGKey(0), num)
+        return _numpy(jax.jit(lambda keys: jax.lax.map(one, keys))(keys))
+
+    drawn, own = log_probs(model, 8), log_probs(marginal, 1)
+    for name, (value,) in own.items():
+        rounding = 1e3 * float(jnp.finfo(jnp.result_type(float)).eps)
+        differs = abs(value - drawn[name][0]) > rounding * (1 + abs(value))
+        if differs and not np.ptp(drawn[name]):
+            raise ValueError(
+                f"marginal: the log-density of site '{name}' is {value:.6g} at a draw, and "
+                f"{drawn[name][0]:.6g} in the model itself: marginal is another model. Give it the "
+                "same priors."
+            )
 
 
 def _marginal_note(log_w: np.ndarray, bound: float) -> str:

@@ -680,3 +680,15 @@ def test_the_mixture_holds_no_array_larger_than_its_data_and_is_derived_fast():
     shapes = {np.shape(array) for array in plan.arrays}
     assert max(np.size(array) for array in plan.arrays) == rows.size
     assert {shape for shape in shapes if 20_000 in shape} == {(20_000, 5)}
+
+
+def test_a_plate_has_one_size():
+    def model():
+        w = sample("w", Normal(0, 1))
+        with plate("rows", 6):
+            sample("y", Normal(w, 1), obs=Y)
+        with plate("rows", 3):
+            sample("x", Normal(w, 1), obs=Y[:3])
+
+    with pytest.raises(NotConjugateError, match="Plate 'rows' has 6 and 3 rows"):
+        derive(model, (), {}, jax.random.PRNGKey(0))

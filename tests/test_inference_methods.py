@@ -107,6 +107,22 @@ def test_a_point_mass_has_neither_bound_nor_weights():
     assert row["bound"] is None and row["pareto_k"] is None
 
 
+def test_equal_draws_of_a_label_are_no_point_mass():
+    """Pyro's Bernoulli draws floats."""
+
+    def labelled(x):
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(8.0 * b, 1.0), obs=x)
+
+    def certain(x):
+        pyro.sample("b", dist.Bernoulli(pyro.param("p", torch.tensor(1e-9))))
+
+    outcome = by(certain, of=labelled)(50, 0, False)
+    want = math.log(0.5) + st.norm.logpdf(X.numpy()).sum()
+    assert np.allclose(outcome.log_p, want) and np.allclose(outcome.log_q, 0.0)
+
+
 def test_a_scaled_model_is_refused_and_a_subsampled_one_is_scored_on_all_data():
     def scaled(x):
         model(x, scale=0.5)

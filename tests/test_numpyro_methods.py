@@ -136,9 +136,16 @@ def test_labels_added_up_raise_the_bound_of_cavi():
 
 
 def test_another_model_as_marginal_is_refused():
-    other = partial(marginal, scale=30.0)
+    for scale in (0.3, 30.0):  # one of them raises the bound
+        other = partial(marginal, scale=scale)
+        with pytest.raises(ValueError, match="log-density of site 'mu' is .* is another model"):
+            by_cavi(mixture, Y, num_restarts=1, marginal=other)(1000, 0, False)
+
+    def shifted(y):
+        marginal(y + 3.0)
+
     with pytest.raises(ValueError, match="marginal: its bound is .* marginal is another model"):
-        by_cavi(mixture, Y, num_restarts=1, marginal=other)(1000, 0, False)
+        by_cavi(mixture, Y, num_restarts=1, marginal=shifted)(1000, 0, False)
 
     def renamed(x):
         numpyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -181,6 +188,17 @@ def test_latents_of_one_side_only_are_refused():
         svi(more)(25, 0, False)
     with pytest.raises(ValueError, match="'z' is a latent of the model and not of the guide"):
         svi(empty)(25, 0, False)
+
+
+def test_noise_of_the_guide_itself_is_refused():
+    """log q of noise and latents is not that of the latents: the bound would be too high."""
+
+    def noisy(x):
+        numpyro.sample("noise", dist.Normal(0.0, 100.0), infer={"is_auxiliary": True})
+        guide(x)
+
+    with pytest.raises(NotImplementedError, match="'noise' of the guide is noise of its own"):
+        svi(noisy)(25, 0, False)
 
 
 def test_scaled_and_subsampled_models_are_refused():

@@ -57,6 +57,8 @@ except ValueError as error:
     assert "38 rows, which 4 devices" in str(error), error
 else:
     raise AssertionError("38 rows on 4 devices")
+again = cavi.run(12, tol=0)  # as before the update that failed
+np.testing.assert_array_equal(again.losses, moved.losses)
 """
 
 

@@ -138,6 +138,23 @@ def test_runs_go_on_as_if_they_had_not_stopped(cavi):
     assert rest.state["step"] == 25
 
 
+def test_other_data_of_the_model_change_nothing(x):
+    """A run is of the data that there were, also of as many others."""
+    cavi = CAVI(mixture, x)
+    stochastic = StochasticCAVI(cavi, "data", SIZE)
+    before = stochastic.run(3)
+    cavi.update(np.concatenate([x, 5.0 + x]))
+    after = stochastic.run(3)
+    np.testing.assert_array_equal(before.losses, after.losses)
+    assert before.bound == after.bound
+    for result in (before, after):
+        np.testing.assert_array_equal(
+            result.local([1, 7]).params["z"]["logits"], before.local([1, 7]).params["z"]["logits"]
+        )
+    renewed = StochasticCAVI(cavi, "data", SIZE)
+    assert renewed.rows.num_rows == 2 * NUM
+
+
 def test_all_rows_are_used_in_each_epoch():
     from pyro_vi_ext.cavi.stochastic import _Batches
 

@@ -45,15 +45,20 @@ class CAVI:
     model's own at a draw from the prior.
 
     Each latent site is one factor, independent over its elements, except axes of Gaussian sites
-    that meet in a product (weights of a regression), which have one joint Gaussian.
+    that meet in a product (weights of a regression), which have one joint Gaussian. ``blocks``
+    gives several sites one factor.
 
     :param model: a NumPyro model. Distributions: Normal, MultivariateNormal (precision_matrix;
         known covariance_matrix or scale_tril), LogNormal, Gamma, InverseGamma, Exponential, Beta,
         Dirichlet, Wishart, Bernoulli, Categorical, Binomial, Multinomial, Poisson, and
         ``numpyro.factor``; discrete latents must have a finite support.
     :param args: its arguments, the data; ``kwargs`` likewise.
+    :param blocks: tuples of site names, each with one joint factor: Gaussian sites, and at most one
+        precision or variance of theirs (Gamma, Exponential, InverseGamma, Wishart). With a
+        precision, the priors of the Gaussian sites must have it too, times a known number.
     :ivar plan: the expected log joint, see :class:`~pyro_vi_ext.cavi.plan.Plan`.
     :raises NotConjugateError: if an update has no closed form, naming the site and why.
+    :raises ValueError: for blocks of other sites.
 
     References: J. Winn and C. Bishop, *Variational Message Passing*, JMLR 2005. M. Hoffman, M.
     Johnson and D. Tran, *Autoconj: Recognizing and Exploiting Conjugacy Without a Domain-Specific
@@ -98,7 +103,7 @@ class CAVI:
         :returns: the object itself.
         :raises NotConjugateError: as the constructor.
         """
-        before = self.plan
+        kept, before = dict(vars(self)), self.plan
         self._set(args, kwargs)
         if self.plan.structure == before.structure:
             self.plan = before.with_arrays(self.plan.arrays)  # with the labels of compiled code
@@ -106,7 +111,11 @@ class CAVI:
             self._first = jax.jit(self._first_sweep)
             self._more = jax.jit(self._sweeps, static_argnames="num")
             if self._sharding is not None:
-                self.shard(self._sharding.plate, self._sharding.devices)
+                try:
+                    self.shard(self._sharding.plate, self._sharding.devices)
+                except Exception:
+                    vars(self).update(kept)
+                    raise
         return self
 
     def shard(self, plate: str, devices=None) -> CAVI:
@@ -116,8 +125,9 @@ class CAVI:
             divisible by the number of devices.
         :param devices: JAX devices; all there are by default.
         :returns: the object itself.
-        :raises ValueError: for a plate that is not in the model, or a number of rows that is not
-            divisible.
+        :raises ValueError: for a plate that is not in the model, a number of rows that is not
+            divisible, or no devices.
+        :raises NotConjugateError: if rows of the plate are not independent.
         """
         self._sharding = Sharding(self.plan, plate, jax.devices() if devices is None else devices)
         return self

@@ -264,7 +264,13 @@ class _Record:
                 "claimed": claimed,
                 "frames": site["cond_indep_stack"],
             }
-            self.plates.update({frame.name: frame.size for frame in site["cond_indep_stack"]})
+            for frame in site["cond_indep_stack"]:
+                size = self.plates.setdefault(frame.name, frame.size)
+                if size != frame.size:
+                    raise NotConjugateError(
+                        f"Plate '{frame.name}' has {size} and {frame.size} rows in one model. Give "
+                        "its two uses different names."
+                    )
         return result
 
 

@@ -67,7 +67,8 @@ class StochasticCAVI:
     No more than a minibatch of responsibilities is held at once. With a fixed step size of 1 and
     minibatches of all rows it is coordinate ascent.
 
-    :param cavi: the model with all of its data.
+    :param cavi: the model with all of its data, as they are now: what ``cavi.update`` does later
+        changes nothing here.
     :param plate: name of the plate to draw minibatches from. Its sites must be independent given
         those outside of it.
     :param batch_size: number of rows in a minibatch.
@@ -113,8 +114,8 @@ class StochasticCAVI:
             raise ValueError(f"forgetting_rate must be in (0.5, 1], got {forgetting_rate!r}.")
         if not 0.0 <= delay < np.inf:
             raise ValueError(f"delay must be a number >= 0, got {delay!r}.")
-        self.cavi, self.plate = cavi, plate
-        self.rows = Rows.of(cavi.plan, plate, positive_int("batch_size", batch_size))
+        self.plan, self._draws, self.plate = cavi.plan, cavi._draws, plate
+        self.rows = Rows.of(self.plan, plate, positive_int("batch_size", batch_size))
         self.delay, self.forgetting_rate = float(delay), float(forgetting_rate)
         default = 1 if len(self.rows.local) <= 1 else 10
         self.num_local_steps = positive_int(
@@ -125,7 +126,7 @@ class StochasticCAVI:
         self._global = [name for name in order if name not in self.rows.local]
         if not self._global:
             raise ValueError(f"All latents are in plate '{plate}': there is nothing to learn.")
-        masked = next((name for name in self._global if name in cavi.plan.hidden), None)
+        masked = next((name for name in self._global if name in self.plan.hidden), None)
         if masked is not None:
             raise NotConjugateError(
                 f"Site '{masked}' is masked and outside of plate '{plate}', where its hidden "
@@ -159,7 +160,7 @@ class StochasticCAVI:
             state = self._start(key)
         eta, first = state["eta"], int(state["step"])
         batches = _Batches(self.rows.num_rows, self.rows.size, state["seed"])
-        arrays, draws = jax.tree.map(jnp.asarray, (self.cavi.plan.arrays, state["draws"]))
+        arrays, draws = jax.tree.map(jnp.asarray, (self.plan.arrays, state["draws"]))
         losses = []
         with progress_bar(progress, num_steps, unit="step") as bar:
             for begin in range(first, first + num_steps, CHUNK):
@@ -177,6 +178,8 @@ class StochasticCAVI:
         params = {n: self.rows.plan.factors[n].update(eta[n]) for n in self._global}
         factors = {n: self.rows.plan.factors[n] for n in self._global}
         bound = self._bound(arrays, draws, eta)
+        if not np.isfinite(bound):
+            raise ValueError(f"The bound is {bound} after step {first + num_steps}.")
         state = {**state, "eta": eta, "step": first + num_steps}
 
         def local(rows) -> MeanField:
@@ -190,8 +193,8 @@ class StochasticCAVI:
         """Natural parameters for the first minibatch, from clusters of its rows."""
         seed = [int(x) for x in np.ravel(jax.random.key_data(key))]
         rows = _Batches(self.rows.num_rows, self.rows.size, seed)[0]
-        draws = self.cavi._draws(key)
-        arrays = [np.asarray(x) for x in self.rows.arrays(self.cavi.plan.arrays, rows)]
+        draws = self._draws(key)
+        arrays = [np.asarray(x) for x in self.rows.arrays(self.plan.arrays, rows)]
 
         def some(_):
             return jax.tree.map(np.asarray, self.rows.values(draws, self.plate, rows))
@@ -202,7 +205,8 @@ class StochasticCAVI:
             if not bool(proper[name]):
                 raise ValueError(
                     f"The first minibatch gives no distribution for site '{name}': its prior is "
-                    "improper, or data are NaN or outside of their support."
+                    "improper, data are NaN or outside of their support, or the minibatch is too "
+                    "small."
                 )
         own = {site for name in self._local for site in self.rows.plan.factors[name].sites}
         draws = {n: v for n, v in draws.items() if n in own and not self._is_discrete(n)}
@@ -285,7 +289,7 @@ class StochasticCAVI:
 
     def _estimates(self, arrays, draws, eta, batches):
         """The bound as each batch of the same size estimates it."""
-        rows = Rows.of(self.cavi.plan, self.plate, batches.shape[1])
+        rows = Rows.of(self.plan, self.plate, batches.shape[1])
         return jax.lax.map(lambda own: self._inner(rows, arrays, draws, eta, own)[2], batches)
 
     def _locals_of(self, arrays, draws, eta, own: np.ndarray) -> MeanField:
@@ -294,7 +298,7 @@ class StochasticCAVI:
             raise ValueError(f"rows must be integers, 1-D, got shape {own.shape}, {own.dtype}.")
         if own.min() < 0 or own.max() >= known:
             raise ValueError(f"rows must be 0, ..., {known - 1}, got {own.min()}, {own.max()}.")
-        rows = Rows.of(self.cavi.plan, self.plate, len(own))
+        rows = Rows.of(self.plan, self.plate, len(own))
         params = self._inner(rows, arrays, draws, eta, own)[3]
         factors = {name: rows.plan.factors[name] for name in self._local}
         return MeanField(factors, {name: params[name] for name in self._local})
