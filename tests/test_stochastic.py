@@ -222,3 +222,23 @@ def test_improper_factors_are_errors():
 
     with pytest.raises(ValueError, match="The first minibatch gives no distribution.*'tau'"):
         StochasticCAVI(CAVI(model, np.arange(4.0) / 4), "data", 2).run(1)
+
+
+def test_minibatches_that_are_too_small_are_errors():
+    """Rows whose terms push and pull: the sum over all is a distribution, those of some are not."""
+
+    def model(c):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(c)):
+            u = numpyro.sample("u", dist.Gamma(1000.0, 1000.0))
+            numpyro.factor("push", c * w**2 * u)
+
+    c = np.where(np.arange(20) % 2 == 0, 5.0, -5.5)
+    cavi = CAVI(model, c)
+    assert float(cavi.run(50).posterior["w"].scale) == pytest.approx(11**-0.5, rel=0.01)
+    raised = set()
+    for seed in range(6):
+        with pytest.raises(ValueError, match="minibatch") as error:
+            StochasticCAVI(cavi, "data", 1).run(20, jax.random.PRNGKey(seed))
+        raised.add(str(error.value).split()[0])
+    assert raised == {"The", "After"}  # in the first minibatch, and in a later one

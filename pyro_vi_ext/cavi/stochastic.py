@@ -166,13 +166,8 @@ class StochasticCAVI:
             for begin in range(first, first + num_steps, CHUNK):
                 steps = np.arange(begin, min(begin + CHUNK, first + num_steps))
                 rows = np.stack([batches[step] for step in steps])
-                eta, bounds = self._many(arrays, draws, eta, rows, steps)
-                bad = ~np.isfinite(bounds)
-                if bad.any():
-                    raise ValueError(
-                        f"The bound is {np.asarray(bounds)[bad][0]} in step {steps[bad][0] + 1}. "
-                        "Look for data that are NaN, infinite or outside of the support."
-                    )
+                eta, (bounds, proper) = self._many(arrays, draws, eta, rows, steps)
+                self._check_steps(steps, bounds, proper)
                 losses.append(-np.asarray(bounds))
                 bar.update(len(steps), note=f"bound={float(bounds[-1]):.6g}")
         params = {n: self.rows.plan.factors[n].update(eta[n]) for n in self._global}
@@ -227,6 +222,21 @@ class StochasticCAVI:
         factors = self.rows.plan.factors
         return site in factors and bool(factors[site].num_values)
 
+    def _check_steps(self, steps, bounds, proper: dict) -> None:
+        for name, good in proper.items():
+            if not good.all():
+                raise ValueError(
+                    f"After step {steps[~np.asarray(good)][0] + 1} the factor of site '{name}' is "
+                    "no distribution. Take larger minibatches, or look for data that are NaN or "
+                    "outside of their support."
+                )
+        bad = ~np.isfinite(bounds)
+        if bad.any():
+            raise ValueError(
+                f"The bound is {np.asarray(bounds)[bad][0]} in step {steps[bad][0] + 1}. Look for "
+                "data that are NaN, infinite or outside of the support."
+            )
+
     # Steps.
 
     def _steps(self, arrays, draws, eta, rows, steps):
@@ -241,13 +251,15 @@ class StochasticCAVI:
         plan = self.rows.plan
         arrays, moments, bound, _ = self._inner(self.rows, arrays, draws, eta, rows)
         size = (1.0 + step + self.delay) ** -self.forgetting_rate
-        eta = dict(eta)
+        eta, proper = dict(eta), {}
         for name in self._global:
             best = plan.natural_parameters(arrays, moments, name)
             eta[name] = jax.tree.map(lambda a, b: a + size * (b - a), eta[name], best)
             factor = plan.factors[name]
-            moments = {**moments, name: factor.moments(factor.update(eta[name]))}
-        return eta, bound
+            params = factor.update(eta[name])
+            proper[name] = factor.is_proper(params)
+            moments = {**moments, name: factor.moments(params)}
+        return eta, (bound, proper)
 
     def _inner(self, rows: Rows, arrays, draws, eta, own):
         """Arrays of some rows; moments, the estimated bound and all parameters after them."""
