@@ -18,7 +18,9 @@ __all__ = ["CAVIResult", "MeanField"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MeanField:
-    """Independent factors of latent sites.
+    r"""Independent factors of latent sites.
+
+    .. math:: q(z) = \prod_i q_i(z_i)
 
     :ivar factors: the factors, by name: that of the site, or those of a block, ``"mu, tau"``.
     :ivar params: parameters of the factors, factor -> name -> array.
@@ -42,7 +44,7 @@ class MeanField:
         return marginals
 
     def sample(self, rng_key, sample_shape: Sequence[int] = ()) -> dict:
-        """Draw from q.
+        """Draw from q, sites of a block jointly.
 
         :param sample_shape: shape of independent draws.
         :returns: site -> array, shape (\\*sample_shape, \\*shape of the site in the model).
