@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_vi_ext.has_values import has_values
+
 __all__ = ["kmeans", "nearest_code"]
 
 BLOCK = 2**22  # elements of a block of scores: 16 MB of float32
@@ -26,8 +28,8 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     r"""Index of the nearest code of each vector in Euclidean distance; the lowest one of a tie.
 
     Time is N K D, memory a few times ``block`` elements plus the result. The index is that of
-    ``argmin`` over directly computed distances, up to the rounding of these. On CUDA this is so for
-    ties of equal codes and of two codes; among more that the product cannot tell apart, it is one
+    ``argmin`` over directly computed distances, up to the rounding of these. On CUDA, and in
+    a compiled step, this is so for ties of equal codes and of two codes; among more that the product cannot tell apart, it is one
     of them. A code that is NaN is the nearest, as it is to ``argmin``; a row that is not finite has
     a valid index.
 
@@ -68,7 +70,7 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
         size_of_terms = (2 * largest * centered.square().sum(1)).sqrt() + largest
         rounding = (codes.shape[1] + 8) * torch.finfo(dtype).eps * size_of_terms
         close = scores <= (smallest + rounding).unsqueeze(1)
-        if close.is_cuda:  # how many there are would have to be waited for
+        if close.is_cuda or not has_values(close):  # how many there are would be waited for
             found = _first_or(argmin, close, part, codes)
         else:
             found = _nearest_of(close.nonzero(as_tuple=True), part, codes, argmin, block)

@@ -3,6 +3,7 @@
 from pyro_vi_ext.antithetic import TraceARM_ELBO, TraceDisARM_ELBO
 from pyro_vi_ext.arviz_export import from_pyro_svi
 from pyro_vi_ext.comparison import Comparison, compare
+from pyro_vi_ext.compiled import CannotCompile, CompiledSVI, compile_objective
 from pyro_vi_ext.concrete import TraceConcrete_ELBO
 from pyro_vi_ext.diagnostics import GuideReport, guide_report
 from pyro_vi_ext.elbo_readings import ElboTerms, elbo_terms
@@ -24,7 +25,9 @@ from pyro_vi_ext.training import FitResult, fit
 from pyro_vi_ext.vector_quantized import VQELBO, VQParts
 
 __all__ = [
+    "CannotCompile",
     "Comparison",
+    "CompiledSVI",
     "ElboTerms",
     "Evidence",
     "FitResult",
@@ -49,6 +52,7 @@ __all__ = [
     "__version__",
     "by_pyro_svi",
     "compare",
+    "compile_objective",
     "effective_sample_size",
     "elbo_terms",
     "fit",

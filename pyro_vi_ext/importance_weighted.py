@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 
 from pyro_vi_ext.chunks import ChunkedEstimate
+from pyro_vi_ext.has_values import has_values
 from pyro_vi_ext.objective import Estimate, Objective, positive_int
 from pyro_vi_ext.paths import Paths
 from pyro_vi_ext.run import Run
@@ -146,6 +147,11 @@ class ImportanceWeightedELBO(Objective):
     def _evaluate(self, model, guide, args, kwargs) -> Estimate:
         if self.chunk_size is None or self.chunk_size >= self.num_particles:
             return super()._evaluate(model, guide, args, kwargs)
+        if not has_values(torch.empty(())):
+            raise NotImplementedError(
+                "chunk_size draws the same random numbers twice, which a compiled step cannot do. "
+                "Leave chunk_size out, or take plain steps with it."
+            )
         return ChunkedEstimate(self, model, guide, args, kwargs)
 
     def estimate(self, run: Run) -> Estimate:

@@ -51,6 +51,11 @@ class Minibatches:
         key = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._loader.__dict__.update({key: self._sampler, "_iterator": None})
 
+    @property
+    def changes(self) -> bool:
+        """Whether each step has arguments of its own."""
+        return self.place is not None
+
     def peek(self) -> tuple:
         """The positional arguments of the next step."""
         if self.place is None:

@@ -100,6 +100,12 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         estimate.backward(self.retain_graph)
         return loss
 
+    def differentiate(self, model, guide, *args, **kwargs) -> torch.Tensor:
+        """:meth:`loss_and_grads` that does not look: the loss stays a tensor, finite or not."""
+        estimate = self._evaluate(model, guide, args, kwargs)
+        estimate.backward(self.retain_graph)
+        return estimate.loss.detach()
+
     def __call__(self, model, guide) -> ObjectiveModule:
         """A :class:`torch.nn.Module` that returns the differentiable loss of the pair."""
         return ObjectiveModule(model, guide, self)

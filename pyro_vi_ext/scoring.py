@@ -27,6 +27,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_site_shape
 from torch.distributions import Independent
 
+from pyro_vi_ext.has_values import has_values
 from pyro_vi_ext.run import Run
 from pyro_vi_ext.tracing import MIXING_PLATE, PARTICLE_PLATE, TracePair, is_flow, sample_sites
 
@@ -203,7 +204,7 @@ def _factors_over(site: dict, mask) -> bool:
 
 
 def _check_guide_mask(name: str, guide_mask, mask) -> None:
-    if guide_mask is None or guide_mask is mask:
+    if guide_mask is None or guide_mask is mask or not has_values(guide_mask, mask):
         return
     if mask is None:
         hidden = True if guide_mask is False else not bool(guide_mask.all())

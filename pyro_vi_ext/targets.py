@@ -25,6 +25,8 @@ from pyro_vi_ext.checkpoint import (
     match_tensor,
     undisturbed,
 )
+from pyro_vi_ext.compiled.compiled_svi import CompiledSVI, StepNotFinite
+from pyro_vi_ext.compiled.step_graph import LOOP_STEPS
 from pyro_vi_ext.not_finite import bad_gradients, is_finite, listed, not_finite_sites
 
 __all__ = ["ModuleTrainer", "SVITrainer", "Trainer", "make_trainer"]
@@ -40,7 +42,8 @@ def make_trainer(target, optimizer, scheduler, guide_steps=1):
                 "e.g. pyro.optim.ExponentialLR({'optimizer': torch.optim.Adam, 'optim_args': "
                 "{'lr': 0.01}, 'gamma': 0.99}); fit steps it once per step."
             )
-        return SVITrainer(target, guide_steps)
+        trainer = CompiledTrainer if isinstance(target, CompiledSVI) else SVITrainer
+        return trainer(target, guide_steps)
     if not isinstance(target, torch.nn.Module):
         raise ValueError(
             "fit takes a pyro.infer.SVI or a module such as Trace_ELBO()(model, guide), got "
@@ -70,6 +73,10 @@ class Trainer:
         self.modules = find_modules(**roots, model=model, guide=guide)
         self.leaves: dict[str, torch.Tensor] = {}  # unconstrained, by name in the parameter store
         self.before: torch.Tensor | None = None  # the random state before the step
+
+    def steps(self, args, kwargs, step: int, ahead: int | None) -> list[float]:
+        """The next step, or up to ``ahead`` of them if that is possible; their losses."""
+        return [self.step(args, kwargs, step)]
 
     def state(self) -> dict:
         leaves = self._stored()
@@ -219,10 +226,14 @@ class SVITrainer(Trainer):
             with self._alternating(leaves.items(), args, kwargs, step):
                 svi.optim(parameters)
             zero_grads(parameters)
-        if isinstance(svi.optim, pyro.optim.PyroLRScheduler):
-            with_loss = any(isinstance(o, ReduceLROnPlateau) for o in svi.optim.optim_objs.values())
-            svi.optim.step(*losses[:1] if with_loss else ())
+        self._step_schedule(losses[0])
         return losses[0]
+
+    def _step_schedule(self, loss: float):
+        optim = self.svi.optim
+        if isinstance(optim, pyro.optim.PyroLRScheduler):
+            with_loss = any(isinstance(o, ReduceLROnPlateau) for o in optim.optim_objs.values())
+            optim.step(*[loss] if with_loss else ())
 
     def optimizer_state(self):
         objects = self.svi.optim.optim_objs
@@ -237,6 +248,35 @@ class SVITrainer(Trainer):
                 optim.optim_objs[leaf] = optim._get_optim(leaf)
                 optim.grad_clip[leaf] = optim._get_grad_clip(leaf)
             _load_optimizer(optim.optim_objs[leaf], state)
+
+
+class CompiledTrainer(SVITrainer):
+    """Many steps in one call, and a set-up after which the next step is a compiled one."""
+
+    def set_up(self, args, kwargs):
+        super().set_up(args, kwargs)
+        self.svi.skip_first_step()
+
+    def steps(self, args, kwargs, step, ahead):
+        svi = self.svi
+        if svi.is_first_step:
+            return [self.step(args, kwargs, step)]
+        one_by_one = ahead is None or isinstance(svi.optim, pyro.optim.PyroLRScheduler)
+        count = 1 if one_by_one else min(ahead, LOOP_STEPS)
+        self.before = torch.get_rng_state()
+        try:
+            losses = [svi.step(*args, **kwargs)] if one_by_one else svi.run(count, *args, **kwargs)
+        except StepNotFinite as error:
+            raise ValueError(f"At step {step + error.at - 1} of fit {error.what}") from error
+        self.leaves.update(svi.leaves())
+        losses = [loss[0] if isinstance(loss, (tuple, list)) else loss for loss in _listed(losses)]
+        self._check(losses, [], args, kwargs, step, intact=False)
+        self._step_schedule(losses[-1])
+        return losses
+
+
+def _listed(losses):
+    return losses.tolist() if isinstance(losses, torch.Tensor) else losses
 
 
 class ModuleTrainer(Trainer):

@@ -88,6 +88,9 @@ def fit(
     are methods of, refer to, or are given as arguments; nothing random happens inside
     ``DataLoader`` *workers*.
 
+    A :class:`~pyro_vi_ext.compiled.CompiledSVI` runs up to 250 steps in one call where nothing has
+    to be looked at in between: no callback, no ``DataLoader``, no schedule.
+
     :param target: a :class:`pyro.infer.SVI`; or a module that returns a differentiable loss.
     :param args: arguments of model and guide, and of a module. A map-style ``DataLoader`` among
         them stands for its current batch, at each step; a tuple or list becomes several arguments.
@@ -187,6 +190,15 @@ def fit(
     if stopped:
         feed.restore(saved["minibatches"], saved["rng"])  # the set-up's batch was not a step's
 
+    def steps_ahead():
+        """Steps that nothing has to look at one by one, before the next thing that is due."""
+        if callback is not None or feed.changes:
+            return None
+        due = [num_steps]
+        due += [] if checkpoint is None else [checkpoint_every]
+        due += [] if plateau_window is None else [plateau_window]
+        return min(every - len(losses) % every for every in due)
+
     def save():
         state = {
             "guide_steps": guide_steps,
@@ -203,8 +215,9 @@ def fit(
         _Interrupt(checkpoint is not None) as interrupt,
     ):
         while not stopped:
-            losses.append(trainer.step(feed.take(), kwargs, len(losses) + 1))
-            bar.update(note=running.note(losses[-1]))
+            new = trainer.steps(feed.take(), kwargs, len(losses) + 1, steps_ahead())
+            losses += new
+            bar.update(len(new), note=[running.note(loss) for loss in new][-1])
             stopped = why_stop()
             try:
                 if callback is not None and callback(len(losses), losses[-1]) is True:

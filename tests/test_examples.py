@@ -251,6 +251,28 @@ def test_vq_vae(tmp_path, capsys):
     assert [row["KL"] for row in again] == pytest.approx([row["KL"] for row in rows])
 
 
+def test_compiled_vae(tmp_path, capsys):
+    example = load("compiled_vae")
+    argv = f"--backend eager --num-steps 30 --every 10 --output {tmp_path}"
+    rows = example.main(example.parse(argv.split()))
+    out = capsys.readouterr().out
+    with open(tmp_path / "table.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == list(example.METHODS)
+    assert all(row["method"] in out for row in rows)
+    plain, *compiled = rows
+    for row, line in zip(compiled, table[1:], strict=True):
+        assert row["losses"].tolist() == pytest.approx(plain["losses"].tolist(), rel=1e-4)
+        assert float(line["largest difference"]) < 1e-4
+        assert row["trace"] > 0 and row["ends"] == [10, 20, 30]
+        assert float(line["speed"]) == pytest.approx(
+            float(table[0]["stepping (s)"]) / float(line["stepping (s)"])
+        )
+    assert plain["losses"][0] > 43 and plain["loss"] < 40  # of independent coins: 64 log 2 = 44.4
+    assert plain["loss"] == pytest.approx(plain["losses"][-3:].mean().item())
+    assert (tmp_path / "compiled_vae.png").stat().st_size > 20_000
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*r-hat")  # the chains are short
 def test_compare_gmm(tmp_path, capsys):
