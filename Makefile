@@ -37,6 +37,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/vector_quantized.py
 	$(BIN)/python benchmarks/cavi.py
 	$(BIN)/python benchmarks/logistic_regression.py
+	$(BIN)/python benchmarks/compiled.py
 
 docs: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"

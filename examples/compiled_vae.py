@@ -157,7 +157,7 @@ def plot(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="tight")
     looks = (("0.75", 4.0), ("tab:blue", 1.6), ("tab:red", 0.5))  # one over the other
     for row, (color, width) in zip(rows, looks, strict=True):
         ends, seconds = row["ends"], row["seconds"]
@@ -178,7 +178,6 @@ def plot(rows, path):
     for ax in (left, right):
         ax.grid(color="0.93")
         ax.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

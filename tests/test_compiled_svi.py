@@ -608,7 +608,8 @@ def refuse_nonfinite(backend, value, what):
 def test_inductor():
     """The whole way once: score function, double backward, subsampling, a loop, both dtypes."""
     kind = partial(CompiledSVI, backend="inductor")
-    both(CASES["AutoNormal"], OPTIMIZERS["ClippedAdam"], 12, kind)
+    svi = both(CASES["AutoNormal"], OPTIMIZERS["ClippedAdam"], 12, kind)
+    assert svi.programs[0].has_loop and svi.programs[0].loop_is_compiled
     refuse_nonfinite("inductor", float("nan"), "loss is nan")
 
 
@@ -618,7 +619,8 @@ def test_inductor():
 def test_inductor_everywhere(case, dtype):
     torch.set_default_dtype(dtype)
     kind = partial(CompiledSVI, backend="inductor")
-    both(CASES[case], ADAM, 8, kind, rtol=1e-5 if dtype == torch.float32 else 1e-10)
+    svi = both(CASES[case], ADAM, 8, kind, rtol=1e-5 if dtype == torch.float32 else 1e-10)
+    assert svi.programs[0].has_loop and svi.programs[0].loop_is_compiled
 
 
 @pytest.mark.slow

@@ -178,8 +178,8 @@ class OptimizerState:
         num_slots = sum(len(rule.slots) for rule in self.rules)
         slots, steps = iter(tensors[:num_slots]), iter(tensors[num_slots:])
         if self._decaying:
-            decays = torch.tensor(self._decays, dtype=torch.float64, device=rates.device)
-            rates.copy_(torch.where(finite, rates * decays, rates))
+            slower = [rate * decay for rate, decay in zip(rates, self._decays, strict=True)]
+            rates.copy_(torch.where(finite, torch.stack(slower), rates))
         if self._counted:
             counts.add_(finite)
         counted = iter(counts.unbind() if self._counted else ())

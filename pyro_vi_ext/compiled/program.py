@@ -32,6 +32,7 @@ class Program:
         was compiled before.
     :ivar num_operations: in the graph of a step.
     :ivar num_steps: steps run so far.
+    :ivar has_loop: whether many steps are one call: with Inductor, on a CPU, the optimizer inside.
     :ivar entries: the leaves by name; a leaf may have several names.
     """
 
@@ -77,6 +78,9 @@ class Program:
         self.device = self.graph.inputs[-1].device
         self._step: Callable | None = None
         self._loop: Callable | None = None
+        self.has_loop = (
+            self.optimizer is not None and backend == "inductor" and self.device.type == "cpu"
+        )
         self.take_guards()
 
     # What the graph takes for granted.
@@ -184,13 +188,6 @@ class Program:
             graph = loop_graph(self.graph)
             self.trace_seconds += time.perf_counter() - start
             self._loop = self._compiled(graph, loop=True)
-
-    @property
-    def has_loop(self) -> bool:
-        """Whether many steps are one call: with Inductor, on a CPU, optimizer in the graph."""
-        return (
-            self.optimizer is not None and self.backend == "inductor" and self.device.type == "cpu"
-        )
 
     @property
     def loop_is_compiled(self) -> bool:

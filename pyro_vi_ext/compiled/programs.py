@@ -128,10 +128,16 @@ class Programs:
 
     def compile_loop(self, program: Program, args: tuple, kwargs: dict, arguments: Arguments):
         """Make the code of the loop, and check it beside plain steps."""
-        if program.has_loop and not program.loop_is_compiled:
+        if not program.has_loop or program.loop_is_compiled:
+            return
+        key = next(key for key, known in self.known.items() if known is program)
+        try:
             program.compile_loop()
-            key = next(key for key, known in self.known.items() if known is program)
             self._verify(key, args, kwargs, arguments, loop=True)
+        except Exception as error:  # single steps are right all the same
+            logger.warning("steps are run one by one, without a compiled loop: %s", error)
+            program.has_loop = False
+            self.known[key] = program
 
 
 def _checks(num_steps: int) -> int:
