@@ -472,6 +472,85 @@ def test_data_of_a_closure_are_read_in_every_step():
     assert found[0] == found[1]
 
 
+def test_a_tensor_of_a_closure_that_the_model_writes_to():
+    found = []
+    for kind in (SVI, Eager):
+        count = torch.zeros(())
+
+        def model(x, count=count):
+            count.add_(1.0)
+            pyro.sample("loc", dist.Normal(count, 1.0))
+
+        svi = start(kind, lambda: (model, AutoNormal(model), Trace_ELBO()))
+        losses = [svi.step(X) for _ in range(20)]
+        found.append((losses, count.item(), [v.item() for v in pyro.get_param_store().values()]))
+    assert found[0] == found[1]
+
+
+def test_assigned_parts_are_used():
+    found = []
+    for kind in (SVI, Eager):
+        svi = start(kind, CASES["param"])
+        losses = [svi.step(X) for _ in range(3)]
+        svi.optim = pyro.optim.SGD({"lr": 0.0})
+        losses += [svi.step(X) for _ in range(3)]
+        found.append((losses, [v.item() for v in pyro.get_param_store().values()]))
+    assert found[0] == found[1]
+
+
+def test_gradients_switched_off_are_refused():
+    svi = start(Eager, CASES["param"])
+    svi.step(X)
+    with torch.no_grad(), pytest.raises(CannotCompile, match="no_grad"):
+        svi.step(X)
+
+
+def test_unfreezing_a_module_is_followed():
+    found = []
+    for kind in (SVI, Eager):
+        model, guide = amortised()
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        net = next(c.cell_contents for c in guide.__closure__ if hasattr(c.cell_contents, "weight"))
+        nn.init.ones_(net.weight)
+        nn.init.zeros_(net.bias)
+        net.weight.requires_grad_(False)
+        svi = kind(model, guide, ADAM(), Trace_ELBO())
+        losses = [svi.step(X) for _ in range(4)]
+        net.weight.requires_grad_(True)
+        losses += [svi.step(X) for _ in range(4)]
+        found.append((losses, net.weight.tolist()))
+    assert found[0] == found[1] and found[0][1] != [[1.0], [1.0]]
+
+
+def test_one_tensor_given_twice_and_then_two():
+    def model(x, y):
+        loc = pyro.sample("loc", dist.Normal(x.mean(), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    found = []
+    for kind in (SVI, Eager):
+        svi = start(kind, lambda: (model, AutoNormal(model), Trace_ELBO()))
+        losses = [svi.step(X, X) for _ in range(3)]
+        found.append(losses + [svi.step(X, X + 2.0) for _ in range(3)])
+    assert found[0] == found[1]
+
+
+def test_a_loss_that_is_infinite_by_design():
+    class Infinite(Trace_ELBO):
+        def loss_and_grads(self, *args, **kwargs):
+            super().loss_and_grads(*args, **kwargs)
+            return float("inf")
+
+    found = []
+    for kind in (SVI, Eager):
+        svi = start(kind, lambda: (regression, with_params, Infinite()))
+        losses = [svi.step(X) for _ in range(4)]
+        found.append((losses, [v.item() for v in pyro.get_param_store().values()]))
+    assert found[0] == found[1] and losses[-1] == float("inf")
+
+
 def test_too_many_kinds_of_arguments(caplog):
     svi = start(Eager, CASES["param"], max_traces=3)
     with caplog.at_level(logging.INFO, logger="pyro_vi_ext.compiled"):
@@ -501,6 +580,8 @@ def test_a_changing_attribute_is_found_by_comparison():
     with pytest.raises(CannotCompile, match="does not do what a plain one does"):
         for _ in range(15):
             svi.step(X)
+    svi.step(X)  # the program that differed is gone
+    assert svi._programs.num_traces == 2
 
 
 # --- refusals ----------------------------------------------------------------------------------

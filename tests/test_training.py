@@ -8,7 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 
+from pyro_vi_ext import CompiledSVI
 from pyro_vi_ext.checkpoint import get_rng_state, load_checkpoint, save_checkpoint
 from pyro_vi_ext.training import FitResult, _plateaued, fit
 
@@ -265,3 +268,65 @@ def test_the_result_describes_itself():
     text = "FitResult(num_steps=3, stopped='plateau', first loss=3, mean of last 1=1)"
     assert repr(result) == text
     assert "num_steps=0" in repr(FitResult(torch.zeros(0), 0, "num_steps"))
+
+
+# --- compiled steps ------------------------------------------------------------------------------
+
+
+def compiled_svi(kind=CompiledSVI):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
+
+    optim = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.99})
+    options = {"backend": "eager"} if kind is CompiledSVI else {}
+    return kind(model, AutoNormal(model), optim, Trace_ELBO(), **options)
+
+
+COMPILED_DATA = torch.tensor([0.3, -1.2, 0.8], dtype=torch.float64)
+
+
+def leaves():
+    return {n: leaf.detach().clone() for n, leaf in pyro.get_param_store().named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"plateau_window": 20}], ids=["plain", "plateau"])
+def test_compiled_steps_give_the_same_fit(options, float64):
+    plain = fit(compiled_svi(SVI), COMPILED_DATA, num_steps=90, **options)
+    expected = leaves()
+    result = fit(compiled_svi(), COMPILED_DATA, num_steps=90, **options)
+    assert (result.num_steps, result.stopped) == (plain.num_steps, plain.stopped)
+    torch.testing.assert_close(result.losses, plain.losses, rtol=1e-10, atol=0)
+    for name, value in leaves().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=0)
+
+
+def test_compiled_steps_resume_bit_for_bit(tmp_path, float64):
+    whole = fit(
+        compiled_svi(), COMPILED_DATA, num_steps=60, checkpoint_every=20, checkpoint=tmp_path / "a"
+    )
+    expected = leaves()
+    fit(compiled_svi(), COMPILED_DATA, num_steps=27, checkpoint_every=20, checkpoint=tmp_path / "b")
+    result = fit(
+        compiled_svi(), COMPILED_DATA, num_steps=60, checkpoint_every=20, checkpoint=tmp_path / "b"
+    )
+    assert torch.equal(result.losses, whole.losses)
+    assert all(torch.equal(value, expected[name]) for name, value in leaves().items())
+
+
+def test_compiled_steps_with_a_callback_and_an_error(float64):
+    seen = []
+    fit(compiled_svi(), COMPILED_DATA, num_steps=5, callback=lambda step, loss: seen.append(step))
+    assert seen == [1, 2, 3, 4, 5]
+    svi = compiled_svi()
+    fit(svi, COMPILED_DATA, num_steps=5)
+    before = leaves()
+    bad = COMPILED_DATA.clone()
+    bad[1] = float("nan")
+    with pytest.raises(ValueError, match="At step 1 of fit the loss is nan.*observed site 'x'"):
+        fit(svi, bad, num_steps=5)
+    assert all(torch.equal(value, before[name]) for name, value in leaves().items())

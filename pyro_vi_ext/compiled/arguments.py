@@ -22,19 +22,22 @@ class Arguments:
     """The arguments of one call, taken apart.
 
     :ivar tensors: the tensors in tuples, lists and dicts of the arguments, in order.
+    :ivar shapes: of the arguments, if all of them are tensors.
     :ivar key: what a graph depends on: structure, shapes, strides, types, devices, other values.
     :raises CannotCompile: for an array, and a tensor that requires a gradient.
     """
 
-    __slots__ = ("_others", "_spec", "key", "tensors")
+    __slots__ = ("_others", "_spec", "key", "shapes", "tensors")
 
     def __init__(self, args: tuple, kwargs: dict):
         if not kwargs and all(type(x) is torch.Tensor for x in args):  # the fast way
             self._spec, self._others, self.tensors = None, None, list(args)
+            self.shapes = [x.shape for x in args]
             self.key = tuple(map(_kind, args))
             return
         leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.shapes = [None] * len(self.tensors)  # the arguments are more than these
         self._others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         self.key = (self._spec, *map(_kind, leaves))
 

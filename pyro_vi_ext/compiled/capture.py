@@ -14,6 +14,7 @@ on the value of a parameter gives itself away.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -128,7 +129,7 @@ def _record(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         written.put_back(),
-        torch.backends.mkldnn.flags(enabled=False),  # whose RNNs have no graph
+        _without_mkldnn(),
         _naming_the_line(),
         without_values(),
         mode,
@@ -145,6 +146,15 @@ def _record(
             "buffer of a module and update that in place."
         )
     return _Record(graph, inputs, literals, trained, scalar, reads.constants)
+
+
+@contextlib.contextmanager
+def _without_mkldnn():
+    """Without the library's recurrent networks, which have no graph."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TF32 acceleration")  # of others' hardware
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 @contextlib.contextmanager

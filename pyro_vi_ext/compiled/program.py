@@ -32,6 +32,7 @@ class Program:
         was compiled before.
     :ivar num_operations: in the graph of a step.
     :ivar num_steps: steps run so far.
+    :ivar next_check: the number of steps at which it is compared with a plain one again.
     :ivar has_loop: whether many steps are one call: with Inductor, on a CPU, the optimizer inside.
     :ivar entries: the leaves by name; a leaf may have several names.
     """
@@ -41,7 +42,7 @@ class Program:
     ):
         self.stock, self.optim, self.backend = stock, optim, backend
         self.trace_seconds = self.compile_seconds = 0.0
-        self.num_steps = 0
+        self.num_steps = self.next_check = 0
         start = time.perf_counter()
         self.entries = leaves
         leaves = {name: leaf for leaf, name in {leaf: n for n, leaf in leaves.items()}.items()}
@@ -76,6 +77,7 @@ class Program:
         written = [self.graph.inputs[k] for k in self.graph.mutated]
         self._written = {tensor.untyped_storage()._cdata for tensor in written}
         self.device = self.graph.inputs[-1].device
+        self._are_apart: list | None = None
         self._step: Callable | None = None
         self._loop: Callable | None = None
         self.has_loop = (
@@ -149,6 +151,7 @@ class Program:
             if k >= 0:
                 self._live[k] = self.graph.inputs[self.num_given + k] = new
                 self._bound[k] = new.detach()
+                self._are_apart = None
                 if k < len(self.capture.inputs):
                     self.capture.inputs[k] = new
         self._held = now
@@ -170,6 +173,8 @@ class Program:
                 if not _same_kind(bound, tensor):
                     return "a tensor with data of another kind"
                 self._bound[k] = tensor.detach()
+                self._written.add(tensor.untyped_storage()._cdata)
+                self._are_apart = None
         self._outside = self._live[: self._num_outside]
         self._addresses = [*map(torch.Tensor.data_ptr, self._outside)]
         return None
@@ -232,7 +237,12 @@ class Program:
 
     def _apart(self, tensors):
         """The arguments, copied where they lie in the memory of a tensor that the step changes."""
-        return [t.clone() if t.untyped_storage()._cdata in self._written else t for t in tensors]
+        if tensors is self._are_apart:
+            return tensors
+        inside = [t.untyped_storage()._cdata in self._written for t in tensors]
+        if not any(inside):
+            self._are_apart = tensors
+        return [t.clone() if k else t for t, k in zip(tensors, inside, strict=True)]
 
 
 _PLAIN = {int, float, bool, str, type(None)}

@@ -19,7 +19,7 @@ from pyro_vi_ext.compiled.verification import verify
 
 __all__ = ["Programs"]
 
-_TRAINING = operator.attrgetter("training")
+_TRAINING, _SHAPE = operator.attrgetter("training"), operator.attrgetter("shape")
 
 logger = logging.getLogger("pyro_vi_ext.compiled")
 
@@ -35,6 +35,7 @@ class Programs:
         self.max_traces, self.num_traces = max_traces, 0
         self.known: dict[tuple, Program] = {}
         self._modules = stock.all_modules()
+        self._latest: tuple = None, None, None  # arguments, modes, and the key of both
 
     def find(self, args: tuple, kwargs: dict, num_steps: int = 1) -> tuple[Program, Arguments]:
         """The program for a call that will take ``num_steps`` steps, checked when that is due.
@@ -49,27 +50,46 @@ class Programs:
             )
         if not torch.is_grad_enabled():
             raise CannotCompile("The step is called inside torch.no_grad: it has no gradients.")
-        arguments = Arguments(args, kwargs)
-        key = (
-            arguments.key,
+        arguments = self._arguments(args, kwargs)
+        modes = (
             torch.get_default_dtype(),
             torch.is_autocast_enabled("cpu"),
-            tuple(map(_TRAINING, self._modules)),
+            *map(_TRAINING, self._modules),
         )
+        if arguments is self._latest[0] and modes == self._latest[1]:
+            key = self._latest[2]
+        else:
+            key = (arguments.key, *modes)
+            self._latest = arguments, modes, key
         program = self.known.get(key)
         reason = "the first step" if not self.known else "arguments of another kind"
         if program is not None:
             reason = program.why_stale()
             if reason is None:
-                before, program.num_steps = program.num_steps, program.num_steps + num_steps
-                if _checks(before) < _checks(program.num_steps):
+                program.num_steps += num_steps
+                if program.num_steps >= program.next_check:
+                    program.next_check = _next_check(program.num_steps)
                     self._verify(key, args, kwargs, arguments)
                 return program, arguments
         program = self.known[key] = self._make(args, kwargs, arguments, reason)
         self._verify(key, args, kwargs, arguments)
         self._report(program, reason)
         program.num_steps += num_steps
+        program.next_check = _next_check(program.num_steps)
         return program, arguments
+
+    def _arguments(self, args: tuple, kwargs: dict) -> Arguments:
+        """The arguments, taken apart; those of the latest call if they are the same tensors."""
+        latest = self._latest[0]
+        if (
+            latest is not None
+            and not kwargs
+            and len(args) == len(latest.tensors)
+            and all(map(operator.is_, args, latest.tensors))
+            and all(map(operator.eq, map(_SHAPE, args), latest.shapes))
+        ):
+            return latest
+        return Arguments(args, kwargs)
 
     def _verify(self, key, args, kwargs, arguments: Arguments, loop: bool = False) -> None:
         """Compare with plain steps; a program that differs is not used again."""
@@ -140,6 +160,6 @@ class Programs:
             self.known[key] = program
 
 
-def _checks(num_steps: int) -> int:
-    """How many comparisons with plain steps are due in so many steps: at 16, 64, 256, ..."""
-    return max(0, (num_steps.bit_length() - 3) // 2)
+def _next_check(num_steps: int) -> int:
+    """When to compare with a plain step again: at 16, 64, 256, ... steps."""
+    return 4 ** max(2, num_steps.bit_length() // 2 + num_steps.bit_length() % 2)

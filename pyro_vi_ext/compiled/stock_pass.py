@@ -12,7 +12,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vi_ext.checkpoint import find_modules, undisturbed
-from pyro_vi_ext.compiled.written import Written
+from pyro_vi_ext.compiled.written import writes_undone
 from pyro_vi_ext.objective import Objective
 
 __all__ = ["StockPass", "leaves_of"]
@@ -52,19 +52,29 @@ class StockPass:
     def find_leaves(self, args, kwargs) -> dict[str, torch.Tensor]:
         """The leaves by name, from a pass that changes nothing but makes missing parameters.
 
-        Random states are as before, unless it made some: what they drew must not come again.
+        Random states are as before, unless making parameters drew from them: what they drew must
+        not come again.
         """
-        store = pyro.get_param_store()
-        gradients = {leaf: leaf.grad for _, leaf in store.named_parameters()}
+        known, start = set(pyro.get_param_store().keys()), get_rng_state()
+        leaves, drawn = self._leaves_of_a_pass(args, kwargs)
+        if not known >= set(pyro.get_param_store().keys()):
+            _, drawn_without = self._leaves_of_a_pass(args, kwargs)
+            if not torch.equal(drawn["torch"], drawn_without["torch"]):
+                start = drawn
+        set_rng_state(start)
+        return leaves
+
+    def _leaves_of_a_pass(self, args, kwargs):
+        """The leaves, and the random states after the pass; those before it are put back."""
+        gradients = {leaf: leaf.grad for _, leaf in pyro.get_param_store().named_parameters()}
         for module in self.modules.values():
             gradients |= {p: p.grad for p in module.parameters()}
         for leaf in gradients:
             leaf.grad = None
-        known, drawn = set(store.keys()), get_rng_state()
         try:
             with (
                 undisturbed(self.modules),  # batch norm writes without saying so
-                Written().put_back(),
+                writes_undone(),
                 known_entries_kept(self.modules),
                 known_buffers_kept(self.modules),
                 self.watching_modules(),
@@ -78,9 +88,7 @@ class StockPass:
                 leaf.grad = None
             for leaf, gradient in gradients.items():
                 leaf.grad = gradient
-            if not known >= set(store.keys()):
-                set_rng_state(drawn)
-        return leaves
+        return leaves, drawn
 
     @contextlib.contextmanager
     def watching_modules(self):

@@ -17,11 +17,12 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.util import zero_grads
 from pyro.util import get_rng_state, set_rng_state
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyro_vi_ext.compiled.program import Program
 from pyro_vi_ext.compiled.refusal import CannotCompile
 from pyro_vi_ext.compiled.stock_pass import known_buffers_kept, known_entries_kept, leaves_of
-from pyro_vi_ext.compiled.written import Written
+from pyro_vi_ext.compiled.written import writes_undone
 
 __all__ = ["verify"]
 
@@ -58,13 +59,13 @@ def _difference(program, args, kwargs, tensors, loop) -> str | None:
     start = get_rng_state()
     ours = _Outcome.of(program, lambda: _compiled_steps(program, tensors, num_steps, loop))
     set_rng_state(start)
-    with Written().put_back():
+    with writes_undone():
         plain = _Outcome.of(program, lambda: _plain_steps(program, args, kwargs, num_steps))
     found = ours.compare(plain, None)
     if found is None:
         return None
     set_rng_state(start)
-    with _last_digit_changed(program), Written().put_back():
+    with _last_digit_changed(program), writes_undone():
         other = _Outcome.of(program, lambda: _plain_steps(program, args, kwargs, num_steps))
     return ours.compare(plain, other)
 
@@ -127,7 +128,7 @@ class _Outcome:
             losses, gradients = run()
             after = [tensor.detach().clone() for tensor in tensors]
             host = () if program.optimizer is None else program.optimizer.host_state()
-        with torch.no_grad():
+        with _disable_current_modes(), torch.no_grad():  # this is no write of the steps
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         return _Outcome(losses, gradients, before, after, _names(program, tensors), host)

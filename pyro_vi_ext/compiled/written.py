@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["Written"]
+__all__ = ["Written", "writes_undone"]
 
 
 class Written(TorchDispatchMode):
@@ -66,7 +66,7 @@ class Written(TorchDispatchMode):
 
     @contextlib.contextmanager
     def put_back(self):
-        """Runs the pass under this mode and restores the values at the end."""
+        """Restores the values at the end; the mode is entered where the pass is."""
         try:
             yield self
         finally:
@@ -74,6 +74,13 @@ class Written(TorchDispatchMode):
             with torch.no_grad():
                 for tensor, value in self.saved:
                     tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def writes_undone():
+    """Runs a pass, and puts back what it has written to."""
+    with Written().put_back() as written, written:
+        yield
 
 
 def _is_real(tensor) -> bool:
