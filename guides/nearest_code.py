@@ -28,10 +28,10 @@ def nearest_code(z: Tensor, codebook: Tensor, block: int = BLOCK) -> Tensor:
     r"""Index of the nearest code of each vector in Euclidean distance; the lowest one of a tie.
 
     Time is N K D, memory a few times ``block`` elements plus the result. The index is that of
-    ``argmin`` over directly computed distances, up to the rounding of these. On CUDA, and in
-    a compiled step, this is so for ties of equal codes and of two codes; among more that the product cannot tell apart, it is one
-    of them. A code that is NaN is the nearest, as it is to ``argmin``; a row that is not finite has
-    a valid index.
+    ``argmin`` over directly computed distances, up to the rounding of these. On CUDA, and in a
+    compiled step, this is so for ties of equal codes and of two codes; among more that the product
+    cannot tell apart, it is one of them. A code that is NaN is the nearest, as it is to ``argmin``;
+    a row that is not finite has a valid index.
 
     :param z: vectors, shape (..., D).
     :param codebook: codes, shape (K, D).
