@@ -134,3 +134,17 @@ def test_what_is_refused(nested):
         Arguments(*wrapped(zeros(2).requires_grad_()))
     with pytest.raises(CannotCompile, match="torch.as_tensor"):
         Arguments(*wrapped(np.zeros(2)))
+
+
+def test_the_very_same_arguments():
+    x, y = torch.ones(3), torch.ones(3)
+    arguments = Arguments((x, y), {})
+    assert arguments.are((x, y))
+    assert not arguments.are((y, x)) and not arguments.are((x,))
+    x.add_(1.0)
+    assert arguments.are((x, y))
+    x.data = torch.ones(3, dtype=torch.float64)
+    assert not arguments.are((x, y))
+    y.resize_(2)
+    assert not Arguments((x, torch.ones(3)), {}).are((x, y))
+    assert not Arguments((x, 1.0), {}).are((x, 1.0))

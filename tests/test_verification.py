@@ -15,7 +15,7 @@ from pyro_vi_ext.compiled.arguments import Arguments
 from pyro_vi_ext.compiled.program import Program
 from pyro_vi_ext.compiled.refusal import CannotCompile
 from pyro_vi_ext.compiled.stock_pass import StockPass
-from pyro_vi_ext.compiled.verification import verify
+from pyro_vi_ext.compiled.verification import _apart, verify
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -323,3 +323,15 @@ def test_an_outer_optimizer_is_not_stepped():
     made = Made("outer")
     made.verify()
     assert not any(optimizer.state for optimizer in made.optim.optim_objs.values())
+
+
+def test_apart():
+    inf, nan = float("inf"), float("nan")
+    t = torch.tensor
+    assert not _apart(t([1.0, 2.0]), t([1.0, 2.0 + 1e-10]), 1e-9, None)
+    assert _apart(t([1.0, 2.0]), t([1.0, 2.0 + 1e-8]), 1e-9, None)
+    assert not _apart(t([1.0, 2.0]), t([1.0, 2.0 + 1e-8]), 1e-9, t(1e-9))
+    assert not _apart(t([inf, 1.0]), t([inf, 1.0]), 1e-9, None)
+    assert _apart(t([1.0, 1.0]), t([inf, 1.0]), 1e-9, None)
+    assert not _apart(t([nan, 1.0]), t([nan, 1.0]), 1e-9, None)
+    assert _apart(t([nan, 1.0]), t([1.0, 1.0]), 1e-9, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import operator
 
 import numpy as np
 import torch
@@ -22,24 +23,32 @@ class Arguments:
     """The arguments of one call, taken apart.
 
     :ivar tensors: the tensors in tuples, lists and dicts of the arguments, in order.
-    :ivar shapes: of the arguments, if all of them are tensors.
     :ivar key: what a graph depends on: structure, shapes, strides, types, devices, other values.
     :raises CannotCompile: for an array, and a tensor that requires a gradient.
     """
 
-    __slots__ = ("_others", "_spec", "key", "shapes", "tensors")
+    __slots__ = ("_others", "_places", "_spec", "key", "tensors")
 
     def __init__(self, args: tuple, kwargs: dict):
         if not kwargs and all(type(x) is torch.Tensor for x in args):  # the fast way
             self._spec, self._others, self.tensors = None, None, list(args)
-            self.shapes = [x.shape for x in args]
+            self._places = list(map(_place, args))
             self.key = tuple(map(_kind, args))
             return
         leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        self.shapes = [None] * len(self.tensors)  # the arguments are more than these
+        self._places = None
         self._others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         self.key = (self._spec, *map(_kind, leaves))
+
+    def are(self, args: tuple) -> bool:
+        """Whether ``args`` are these very tensors, with the shapes and the memory they had."""
+        return (
+            self._places is not None
+            and len(args) == len(self.tensors)
+            and all(map(operator.is_, args, self.tensors))
+            and list(map(_place, args)) == self._places
+        )
 
     def rebuild(self, tensors):
         """The arguments with other tensors in the same places."""
@@ -52,6 +61,10 @@ class Arguments:
             for kind, other in zip(kinds, self._others, strict=True)
         ]
         return pytree.tree_unflatten(leaves, self._spec)
+
+
+def _place(x: torch.Tensor):
+    return x.shape, x.data_ptr() if x.layout is torch.strided else None
 
 
 class _TensorKind(tuple):

@@ -34,10 +34,11 @@ class CompiledSVI(SVI):
     r"""A drop-in for :class:`pyro.infer.SVI` that runs a step as one compiled graph.
 
     Given the same random draws, losses, parameters, buffers and the optimizer's state after n steps
-    are those of ``SVI`` up to rounding (relative 1e-5 in float32, 1e-10 in float64); draws come
-    from torch's generator in the same order, so the same seed gives the same draws. The first step
-    is a plain one: it makes the parameters. The second makes the graph, which takes seconds; later
-    ones are calls of compiled code.
+    are those of ``SVI`` up to rounding (relative 1e-5 in float32, 1e-10 in float64, until training
+    has amplified it: two long runs in float32 part as any two do that differ in a last digit).
+    Draws come from torch's generator in the same order, so the same seed gives the same draws. The
+    first step is a plain one: it makes the parameters. The second makes the graph, which takes
+    seconds; later ones are calls of compiled code.
 
     It is right or it says so. What the graph takes for granted is checked in every step (shapes,
     types, which tensors are parameters and buffers, training mode, hyperparameters); if it has

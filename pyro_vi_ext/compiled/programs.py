@@ -19,7 +19,7 @@ from pyro_vi_ext.compiled.verification import verify
 
 __all__ = ["Programs"]
 
-_TRAINING, _SHAPE = operator.attrgetter("training"), operator.attrgetter("shape")
+_TRAINING = operator.attrgetter("training")
 
 logger = logging.getLogger("pyro_vi_ext.compiled")
 
@@ -81,13 +81,7 @@ class Programs:
     def _arguments(self, args: tuple, kwargs: dict) -> Arguments:
         """The arguments, taken apart; those of the latest call if they are the same tensors."""
         latest = self._latest[0]
-        if (
-            latest is not None
-            and not kwargs
-            and len(args) == len(latest.tensors)
-            and all(map(operator.is_, args, latest.tensors))
-            and all(map(operator.eq, map(_SHAPE, args), latest.shapes))
-        ):
+        if latest is not None and not kwargs and latest.are(args):
             return latest
         return Arguments(args, kwargs)
 

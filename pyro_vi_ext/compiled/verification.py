@@ -135,7 +135,7 @@ class _Outcome:
 
     def compare(self, plain: _Outcome, other: _Outcome | None) -> str | None:
         """The first difference to plain steps beyond tolerance, and beyond what ``other`` shows."""
-        if not torch.isfinite(plain.losses).all():
+        if plain.losses.isnan().any():
             return None  # plain SVI has no answer either
         if not torch.equal(self.rng, plain.rng):
             return "other random numbers are drawn"
@@ -173,9 +173,9 @@ class _Outcome:
 def _apart(a, b, relative: float, spread) -> bool:
     a, b = a.double(), b.double()
     if torch.equal(a.isnan(), b.isnan()):
-        a, b = a.nan_to_num(), b.nan_to_num()
-    difference = (a - b).norm()
-    allowed = relative * b.norm() + 1e-30
+        a, b = (torch.where(x.isnan(), 0.0, x) for x in (a, b))
+    difference = torch.where(a == b, 0.0, a - b).norm()  # infinite ones may be equal, too
+    allowed = relative * b[b.isfinite()].norm() + 1e-30
     if spread is not None:
         allowed = allowed + ROUNDINGS * spread
     return not bool(difference <= allowed)
