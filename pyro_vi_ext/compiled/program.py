@@ -216,23 +216,20 @@ class Program:
         """One step with the optimizer in it: the losses, and whether all was finite."""
         self.compile()
         self.optimizer.before_steps()
-        with torch.no_grad():
-            return self._step(*self._apart(tensors), *self._bound)
+        return self._step(*self._apart(tensors), *self._bound)  # of tensors without gradients
 
     def loop(self, count: int, tensors: list[torch.Tensor]):
         """At most :data:`LOOP_STEPS` steps: losses, number of steps begun, whether finite."""
         self.compile_loop()
         self.optimizer.before_steps()
         limit = torch.tensor(count, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            losses, number, finite = self._loop(limit, *self._apart(tensors), *self._bound)
+        losses, number, finite = self._loop(limit, *self._apart(tensors), *self._bound)
         return losses[:count], number, finite
 
     def gradients(self, tensors: list[torch.Tensor]):
         """One pass without the optimizer: losses, whether finite, a gradient for each leaf."""
         self.compile()
-        with torch.no_grad():
-            losses, finite, *gradients = self._step(*self._apart(tensors), *self._bound)
+        losses, finite, *gradients = self._step(*self._apart(tensors), *self._bound)
         return losses, finite, gradients
 
     def _apart(self, tensors):
