@@ -59,7 +59,7 @@ def with_params(x):
 
 
 def amortised(batch_norm=False, subsample_size=None):
-    net = nn.Linear(1, 2, bias=not batch_norm)
+    net = nn.Linear(2, 2, bias=not batch_norm)
     norm = nn.BatchNorm1d(2) if batch_norm else nn.Identity()
 
     def model(x):
@@ -71,7 +71,8 @@ def amortised(batch_norm=False, subsample_size=None):
         pyro.module("net", net)
         pyro.module("norm", norm)
         with pyro.plate("data", len(x), subsample_size=subsample_size) as index:
-            mean, log_scale = norm(net(x[index].unsqueeze(-1))).unbind(-1)
+            features = torch.stack([x[index], x[index].square()], -1)
+            mean, log_scale = norm(net(features)).unbind(-1)
             pyro.sample("z", dist.Normal(mean, log_scale.exp()))
 
     return model, guide
@@ -520,7 +521,7 @@ def test_unfreezing_a_module_is_followed():
         net.weight.requires_grad_(True)
         losses += [svi.step(X) for _ in range(4)]
         found.append((losses, net.weight.tolist()))
-    assert found[0] == found[1] and found[0][1] != [[1.0], [1.0]]
+    assert found[0] == found[1] and found[0][1] != [[1.0] * 2] * 2
 
 
 def test_one_tensor_given_twice_and_then_two():
