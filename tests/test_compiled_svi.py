@@ -238,6 +238,9 @@ OPTIMIZERS = {
     "ClippedAdam": partial(pyro.optim.ClippedAdam, {"lr": 0.03, "lrd": 0.98, "clip_norm": 0.5}),
     "SGD": partial(pyro.optim.SGD, {"lr": 0.003, "momentum": 0.9, "nesterov": True}),
     "clipped": partial(pyro.optim.Adam, {"lr": 0.03}, {"clip_norm": 0.4}),
+    "two kinds": partial(
+        pyro.optim.Adam, lambda name: {"lr": 0.02, "betas": (0.8 if "loc" in name else 0.9, 0.99)}
+    ),
     "by name": partial(pyro.optim.Adam, lambda name: {"lr": 0.05 if "loc" in name else 0.01}),
 }
 OUTSIDE = {
@@ -680,7 +683,7 @@ def refuse_nonfinite(backend, value, what):
         svi.run(5, bad)
     after = left_behind(svi)[0]
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert svi.step(good) == svi.step(good) or True
+    svi.step(good)
     assert all(value.isfinite().all() for value in left_behind(svi)[0].values())
 
 

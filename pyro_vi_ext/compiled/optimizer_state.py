@@ -213,8 +213,9 @@ class OptimizerState:
             kinds.setdefault((type(optimizer), known), []).append(k)
         numbers: list = [None] * len(self.rules)
         for members in kinds.values():
-            everyone = len(members) == len(self.rules)
-            own = (steps, rates) if everyone else (steps[members], rates[members])
+            own = steps, rates
+            if len(members) < len(self.rules):  # no list as an index: that is a constant tensor
+                own = tuple(torch.stack([vector[k] for k in members]) for vector in own)
             joined = torch.cat(self.rules[members[0]].numbers(*own)).unbind()
             for place, k in enumerate(members):
                 numbers[k] = joined[place :: len(members)]

@@ -151,6 +151,8 @@ class Program:
             if k >= 0:
                 self._live[k] = self.graph.inputs[self.num_given + k] = new
                 self._bound[k] = new.detach()
+                if self.num_given + k in self.graph.mutated:
+                    self._written.add(new.untyped_storage()._cdata)
                 self._are_apart = None
                 if k < len(self.capture.inputs):
                     self.capture.inputs[k] = new
