@@ -94,6 +94,50 @@ def test_a_compiled_loop():
     assert compiled("inductor", again.graph, again.inputs) is code
 
 
+def draws(x):
+    """Of every random operation, most of a tensor that is not contiguous."""
+    p, positive = torch.sigmoid(x).t(), torch.exp(x).t()
+    return (
+        torch.bernoulli(p),
+        torch.empty_like(x).bernoulli_(0.3),  # of p's kind Inductor makes another layout
+        torch.empty_like(p).bernoulli_(p),
+        torch.rand(2, 3),
+        torch.rand_like(p),
+        torch.empty_like(p).uniform_(-1.0, 1.0),
+        torch.randn(2, 3),
+        torch.randn_like(p),
+        torch.normal(x.t(), positive),
+        torch.normal(0.5, positive),
+        torch.empty_like(p).normal_(1.0, 2.0),
+        torch.empty_like(p).exponential_(0.5),
+        torch.empty_like(p).cauchy_(),
+        torch.empty_like(p).geometric_(0.3),
+        torch.empty_like(p).log_normal_(),
+        torch.nn.functional.dropout(x, 0.4),
+        torch.poisson(positive),
+        torch.binomial(torch.full_like(p, 5.0), p),
+        torch.multinomial(p, 2),
+        torch.randint(7, (3,)),
+        torch.randperm(6),
+        torch._standard_gamma(positive),
+        torch._sample_dirichlet(positive),
+    )
+
+
+@needs_compiler
+def test_draws_are_those_of_torch(monkeypatch):
+    monkeypatch.setenv("CI", "true")  # where Inductor takes an unknown operation for a mistake
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    code = compiled("inductor", graph_of(draws, x), [x])
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        expected, state = draws(x), torch.get_rng_state()
+        pyro.set_rng_seed(seed)
+        for one, other in zip(code(x), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 # --- the cache, with a stand-in for Inductor -----------------------------------------------------
 
 

@@ -85,24 +85,34 @@ def compiled(backend: str, graph: GraphModule, inputs: list, mutated=()) -> Call
 
 
 def _inductor(graph: GraphModule, inputs: list) -> Callable:
-    from torch._inductor.compile_fx import compile_fx  # slow to import
+    from torch._inductor import config  # slow to import
+    from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
     # Random numbers are torch's own, drawn one after another as the steps of a plain SVI draw them.
     options = {"fallback_random": True, "size_asserts": False, "cpp_wrapper": on_cpu}
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with torch.no_grad():
-        return compile_fx(
-            graph, stand_ins(mode, inputs), config_patches=options, decompositions=_decompositions()
-        )
+    with torch.no_grad(), config.patch(options):
+        examples = stand_ins(mode, inputs)
+        return compile_fx(graph, examples, config_patches=options, decompositions=_decompositions())
 
 
 def _decompositions() -> dict:
-    """Inductor's, but for Bernoulli draws, of which it makes others than torch in float64."""
-    from torch._inductor.decomposition import select_decomp_table
+    """Inductor's, but for Bernoulli draws, of which it makes others than torch in float64.
 
-    return {op: how for op, how in select_decomp_table().items() if "bernoulli" not in str(op)}
+    They are calls of torch's kernel instead. Inductor makes such a call by itself for what it does
+    not know, but where the variable CI is set it takes it for an oversight: so it is told here.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    table = dict(select_decomp_table())  # depends on fallback_random
+    bernoulli = torch.ops.aten.bernoulli.default
+    table.pop(bernoulli, None)
+    if bernoulli not in lowerings:
+        make_fallback(bernoulli, warn=False, override_decomp=True)
+    return table
 
 
 def _settings() -> tuple:
