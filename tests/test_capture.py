@@ -25,7 +25,7 @@ from torch import nn
 
 from pyro_vi_ext import ImportanceWeightedELBO
 from pyro_vi_ext.compiled.arguments import Arguments
-from pyro_vi_ext.compiled.capture import capture, fingerprint
+from pyro_vi_ext.compiled.capture import capture
 from pyro_vi_ext.compiled.refusal import CannotCompile
 from pyro_vi_ext.compiled.stock_pass import StockPass
 
@@ -816,30 +816,3 @@ def test_a_constant_that_is_read_is_remembered_with_its_version():
 
 def test_no_constant_is_read_by_plain_code():
     assert Captured(*PAIRS["batch norm"]()).pass_.constants == []
-
-
-# --- fingerprints --------------------------------------------------------------------------------
-
-
-def print_of(function):
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    return fingerprint(make_fx(function, tracing_mode="fake")(torch.ones(3), torch.ones(3)))
-
-
-def test_fingerprints():
-    same = print_of(lambda x, y: x + 2.0 * y)
-    assert same == print_of(lambda a, b: a + 2.0 * b)
-    others = [
-        lambda x, y: x + 3.0 * y,
-        lambda x, y: y + 2.0 * x,
-        lambda x, y: x - 2.0 * y,
-        lambda x, y: x + 2 * y,
-        lambda x, y: (x + 2.0 * y,),
-        lambda x, y: (x + 2.0 * y).sum(),
-    ]
-    assert len({same, *map(print_of, others)}) == 7
-
-
-def test_a_number_that_is_not_one_is_equal_to_itself():
-    assert print_of(lambda x, y: x * torch.nan) == print_of(lambda x, y: x * torch.nan)

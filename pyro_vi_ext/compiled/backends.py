@@ -20,8 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from pyro_vi_ext.compiled.capture import fingerprint
 from pyro_vi_ext.compiled.cuda_graph import CudaGraph
+from pyro_vi_ext.compiled.fingerprint import fingerprint
 from pyro_vi_ext.compiled.stand_ins import stand_ins
 
 __all__ = ["BACKENDS", "check_backend", "compiled", "has_compiler"]

@@ -18,9 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import pyro
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,16 +26,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vi_ext.compiled.arguments import Arguments
-from pyro_vi_ext.compiled.refusal import CannotCompile, causes, explain, user_line
+from pyro_vi_ext.compiled.as_it_was import as_it_was, perturbed
+from pyro_vi_ext.compiled.fingerprint import RecordLines, check_same_operations
+from pyro_vi_ext.compiled.refusal import CannotCompile, causes, explain
 from pyro_vi_ext.compiled.stand_ins import stand_ins
 from pyro_vi_ext.compiled.value_reads import REMEDY, ValueReads, without_values
 from pyro_vi_ext.compiled.written import Written
 
-__all__ = ["Capture", "capture", "fingerprint"]
+__all__ = ["Capture", "capture"]
 
 
 @dataclass
@@ -73,7 +72,7 @@ def capture(
     :raises CannotCompile: if the pass reads values, replaces tensors, or is not the same twice.
     """
     unseen = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    with _as_it_was(leaves, modules) as replaced:
+    with as_it_was(leaves, modules) as replaced:
         first = _record(evaluate, unseen, arguments)
         if replaced():
             raise CannotCompile(
@@ -81,7 +80,7 @@ def capture(
                 "do. Update it in place (tensor.copy_, tensor.mul_); with TraceGraph_ELBO, use no "
                 "decaying average baseline."
             )
-        with _perturbed(leaves.values()):
+        with perturbed(leaves.values()):
             second = _record(evaluate, unseen, arguments, lines=True)
     _compare(first, second)
     for node in first.graph.graph.nodes:
@@ -113,7 +112,7 @@ def _record(
         args, kwargs = arguments.rebuild(tensors)
         for leaf in leaves.values():
             leaf.grad = None
-        with reads, written, _Lines() if lines else contextlib.nullcontext():
+        with reads, written, RecordLines() if lines else contextlib.nullcontext():
             losses = evaluate(*args, **kwargs)
         scalar = not isinstance(losses, tuple)
         losses = (losses,) if scalar else losses
@@ -240,35 +239,6 @@ def _is_literal(node: Node) -> bool:
 # --- two records of one pass -----------------------------------------------------------------
 
 
-def fingerprint(graph: GraphModule) -> tuple:
-    """The graph, operation by operation."""
-    numbers: dict[Node, int] = {}
-    lines = []
-    for node in graph.graph.nodes:
-        numbers[node] = len(numbers)
-        if node.op == "get_attr":
-            value = getattr(graph, node.target)
-            what = _literal(value) if isinstance(value, torch.Tensor) else fingerprint(value)
-        else:
-            what = "" if node.op == "placeholder" else str(node.target)
-        lines.append((node.op, what, _plain(node.args, numbers), _plain(node.kwargs, numbers)))
-    return tuple(lines)
-
-
-def _literal(tensor: torch.Tensor) -> tuple:
-    return str(tensor.dtype), tuple(tensor.shape), str(tensor.tolist())
-
-
-def _plain(value, numbers):
-    if isinstance(value, Node):
-        return "%", numbers[value]
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item, numbers) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, _plain(item, numbers)) for key, item in value.items())
-    return repr(value)  # a float that is not a number is equal to itself too
-
-
 def _compare(first: _Record, second: _Record) -> None:
     if first.trained != second.trained:
         changed = sorted(set(first.trained) ^ set(second.trained))
@@ -289,120 +259,4 @@ def _compare(first: _Record, second: _Record) -> None:
                 "A tensor is made of other numbers in each of two calls with the same arguments "
                 f"(shape {tuple(b.shape)}). {REMEDY}"
             )
-    nodes = list(second.graph.graph.nodes)
-    one, other = fingerprint(first.graph), fingerprint(second.graph)
-    for k, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            raise CannotCompile(
-                "Two calls with the same arguments differ in what they compute"
-                f"{_line_of(nodes[k])}: {_show(a)} in one, {_show(b)} in the other. It depends on "
-                "the value of a parameter, on random numbers that are not torch's, or on a state "
-                f"of Python. {REMEDY}"
-            )
-    if len(one) != len(other):
-        raise CannotCompile(
-            f"Two calls with the same arguments make {len(one)} and {len(other)} operations. "
-            f"{REMEDY}"
-        )
-
-
-def _show(line: tuple) -> str:
-    op, what, args, _ = line
-    shown = [str(a) for a in args if not (isinstance(a, tuple) and a[:1] == ("%",))]
-    return f"{what}({', '.join(shown)})" if what else op
-
-
-class _Lines(TorchDispatchMode):
-    """Writes the user's line beside each operation of a record."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        recording = get_proxy_mode()
-        if recording is not None:
-            next(iter(reversed(recording.tracer.graph.nodes))).meta["line"] = user_line()
-        return out
-
-
-def _line_of(node: Node) -> str:
-    line = node.meta.get("line")
-    return f" at {line}" if line else ""
-
-
-# --- a pass that leaves nothing behind -------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _as_it_was(leaves: dict, modules: dict):
-    """Puts back gradients, random states, and whatever the pass replaces in stores and modules.
-
-    Yields a function that names the first replaced tensor, or returns ``None``.
-    """
-    store = pyro.get_param_store()
-    gradients = [leaf.grad for leaf in leaves.values()]
-    rng = get_rng_state()
-    tables = [("the parameter store's entry '{}'", store._params)]
-    for name, root in modules.items():
-        for path, module in root.named_modules():
-            where = ".".join(filter(None, (name, path)))
-            tables.append((f"'{where}.{{}}'", module._buffers))
-            tables.append((f"'{where}.{{}}'", module._parameters))
-            # Flows remember the scale of their latest draw, for the density that is asked next.
-            cache = type(module).__module__.startswith("pyro.")
-            tables.append((None if cache else f"'{where}.{{}}'", module.__dict__))
-    saved = [(what, table, _tensors(table)) for what, table in tables]
-
-    def changed():
-        for what, table, before in saved:
-            after = _tensors(table)
-            for key in {**before, **after}:
-                if what is not None and before.get(key) is not after.get(key):
-                    return what.format(key)
-            for key, value in table.items():
-                if what is not None and _kept_stand_ins(value):
-                    return what.format(key)
-        return None
-
-    try:
-        yield changed
-    finally:
-        for leaf, gradient in zip(leaves.values(), gradients, strict=True):
-            leaf.grad = gradient
-        set_rng_state(rng)
-        for _, table, before in saved:
-            for key in _tensors(table).keys() - before.keys():
-                del table[key]
-            for key, value in before.items():
-                if table.get(key) is not value:
-                    table[key] = value
-            for value in table.values():
-                for kept in _kept_stand_ins(value):
-                    value.remove(kept) if isinstance(value, list) else value.pop(kept)
-
-
-def _kept_stand_ins(value) -> list:
-    """The elements of a list, or keys of a dict, that are tensors without values."""
-    if isinstance(value, list):
-        return [item for item in value if isinstance(item, FakeTensor)]
-    if isinstance(value, dict):
-        return [key for key, item in value.items() if isinstance(item, FakeTensor)]
-    return []
-
-
-def _tensors(table: dict) -> dict:
-    return {key: value for key, value in table.items() if isinstance(value, torch.Tensor)}
-
-
-@contextlib.contextmanager
-def _perturbed(tensors):
-    """Other values in all parameters, which come back as they were, bit for bit."""
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-    saved = [tensor.detach().clone() for tensor in tensors]
-    try:
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.add_(tensor.abs() * 0.0137 + 0.0171)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+    check_same_operations(first.graph, second.graph)
