@@ -4,6 +4,7 @@ import logging
 import warnings
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -32,6 +33,7 @@ from pyro_vi_ext import (
     ImportanceWeightedELBO,
     SemiImplicitELBO,
     TraceRELAX_ELBO,
+    TraceSTL_ELBO,
 )
 from pyro_vi_ext.guides import AutoSemiImplicit, CodePrior, VectorQuantized, VectorQuantizer
 
@@ -570,11 +572,81 @@ def test_too_many_kinds_of_arguments(caplog):
         svi.step(X[:2])
 
 
-def test_a_changing_attribute_is_found_by_comparison():
-    scale = [1.0]
+def annealed(kind, steps, every):
+    """Losses of steps between which a global number changes."""
+    global STRENGTH
+    STRENGTH = 1.0
 
     def model(x):
-        loc = pyro.sample("loc", dist.Normal(0.0, scale[0]))
+        with poutine.scale(scale=STRENGTH):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    svi, losses = start(kind, lambda: (model, AutoNormal(model), Trace_ELBO())), []
+    for step in range(steps):
+        STRENGTH = 1.0 + step // every
+        losses.append(svi.step(X))
+    return losses
+
+
+STRENGTH = 1.0
+
+
+def test_a_number_that_changes_is_followed_from_the_next_step(caplog):
+    with caplog.at_level(logging.WARNING, logger="pyro_vi_ext.compiled"):
+        losses = annealed(Eager, 12, every=3)
+    expected = annealed(SVI, 12, every=3)
+    assert losses == pytest.approx(expected, rel=1e-12, abs=0)
+    assert sum("'STRENGTH', which was changed" in r.message for r in caplog.records) == 3
+
+
+def test_a_number_that_changes_in_every_step_is_refused():
+    with pytest.raises(CannotCompile, match="'STRENGTH', which was changed.*as tensors"):
+        annealed(Eager, 40, every=1)
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceSTL_ELBO])
+def test_a_tensor_anneals_without_a_trace(objective):
+    strength = torch.tensor(1.0)
+
+    def model(x):
+        with poutine.scale(scale=strength):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    found = []
+    for kind in (SVI, Eager):
+        svi = start(kind, lambda: (model, AutoNormal(model), objective(num_particles=3)))
+        found.append([])
+        for step in range(10):
+            strength.fill_(0.1 * (step + 1))
+            found[-1].append(svi.step(X))
+    assert found[1] == pytest.approx(found[0], rel=1e-12, abs=0)
+    assert svi._programs.num_traces == 1
+
+
+def test_a_counter_that_changes_nothing_costs_no_trace():
+    """The model counts its calls, and is called between the steps."""
+    calls = [0]
+
+    def model(x):
+        calls[0] += 1
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    svi = start(Eager, lambda: (model, AutoNormal(model), Trace_ELBO()), max_traces=2)
+    for _ in range(4):
+        svi.step(X)
+        svi.evaluate_loss(X)
+    assert svi._programs.num_traces == 1
+
+
+def test_a_change_that_no_name_leads_to_is_found_by_comparison():
+    scale = np.array([1.0])
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, float(scale[0])))
         pyro.sample("x", dist.Normal(loc, 1.0).expand([len(x)]).to_event(1), obs=x)
 
     svi = start(Eager, lambda: (model, AutoNormal(model), Trace_ELBO()))

@@ -457,7 +457,7 @@ def not_compiled(objective: str, name: str) -> bool:
     return objective == "ImportanceWeightedELBO-chunks" or flow
 
 
-@pytest.mark.parametrize("objective, name", compiled_cases())
+@pytest.mark.parametrize("objective, name", list(compiled_cases()))
 def test_compiled_steps_are_plain_steps(objective, name):
     x = DATA.to(torch.float64)
     found = []

@@ -41,13 +41,14 @@ class CompiledSVI(SVI):
     seconds; later ones are calls of compiled code.
 
     It is right or it says so. What the graph takes for granted is checked in every step (shapes,
-    types, which tensors are parameters and buffers, training mode, hyperparameters); if it has
-    changed, the step is traced again, at most ``max_traces`` times. Two records of the pass with
+    types, which tensors are parameters and buffers, training mode, hyperparameters, the globals,
+    closures and attributes that the code uses); if it has changed, the step is traced again, at
+    most ``max_traces`` times. Two records of the pass with
     different parameter values must be equal. The compiled step is compared with a plain one from
     the same state when it is made, and again after 16, 64, 256, ... steps. What Python decides
     anew in every call cannot be compiled: conditions on values of tensors, shapes that depend on
-    them, NumPy, ``TraceGraph_ELBO`` with decaying-average baselines. Not seen before the next
-    comparison: a global or an attribute that changes. docs/fast.md has the list.
+    them, NumPy, ``TraceGraph_ELBO`` with decaying-average baselines. docs/fast.md has
+    the list.
 
     A step whose loss or gradient is not finite changes no parameter, and raises.
 
@@ -62,7 +63,7 @@ class CompiledSVI(SVI):
         graph, for small models on a GPU).
     :param fallback: if the step cannot be compiled, warn once and run plain steps; by default that
         is an error.
-    :param max_traces: how many kinds of arguments are compiled.
+    :param max_traces: how many graphs are made, for other kinds of arguments or changed settings.
     :raises ValueError: for an unknown backend, and at a step whose loss is not finite.
     :raises CannotCompile: at a step, a :class:`NotImplementedError` that names the user's line.
 

@@ -14,6 +14,7 @@ from pyro.optim import PyroOptim
 from pyro_vi_ext.compiled.arguments import Arguments
 from pyro_vi_ext.compiled.backends import compiled
 from pyro_vi_ext.compiled.capture import Capture, capture
+from pyro_vi_ext.compiled.fingerprint import fingerprint
 from pyro_vi_ext.compiled.optimizer_state import OptimizerState
 from pyro_vi_ext.compiled.step_graph import StepGraph, loop_graph, step_graph
 from pyro_vi_ext.compiled.stock_pass import StockPass
@@ -85,6 +86,14 @@ class Program:
         )
         self.take_guards()
 
+    def is_like(self, other: Program) -> bool:
+        """Whether another program does the same with tensors of the same kind."""
+        return (
+            fingerprint(self.graph.graph) == fingerprint(other.graph.graph)
+            and len(self.graph.inputs) == len(other.graph.inputs)
+            and all(map(_same_kind, self.graph.inputs, other.graph.inputs))
+        )
+
     # What the graph takes for granted.
 
     def take_guards(self) -> None:
@@ -109,6 +118,7 @@ class Program:
         self._plain = [_plain_attributes(module) for module in modules]
         self._plain_now = [get(table) for get, table, _ in self._plain]
         self._constants = [(t, t._version, t.detach().clone()) for t, _ in self.capture.constants]
+        self._python = self.stock.python_state()
 
     def why_stale(self) -> str | None:
         """What has changed since the graph was made and cannot be followed, if anything has."""
@@ -125,8 +135,6 @@ class Program:
             reason = self._follow_data()
             if reason is not None:
                 return reason
-        if [get(table) for get, table, _ in self._plain] != self._plain_now:
-            return self._changed_attribute()
         for k, (tensor, version, value) in enumerate(self._constants):
             if tensor._version != version:
                 if not torch.equal(tensor, value):
@@ -135,6 +143,16 @@ class Program:
         if self.optimizer is not None and not self.optimizer.current():
             return "the optimizer, which has another state or other hyperparameters"
         return None
+
+    def changed(self) -> str | None:
+        """What code of model, guide or objective would find changed, if it ran again."""
+        if [get(table) for get, table, _ in self._plain] != self._plain_now:
+            for (get, table, keys), known in zip(self._plain, self._plain_now, strict=True):
+                for key, now, then in zip(keys, get(table), known, strict=True):
+                    if now != then:
+                        return f"the attribute '{key}' of a module, which was changed"
+        change = self._python.change()
+        return None if change is None else f"{change}, which was changed"
 
     def _follow_attributes(self) -> str | None:
         """Use the tensors that modules have now; why not, if that is impossible."""
@@ -160,13 +178,6 @@ class Program:
         self._outside = self._live[: self._num_outside]
         self._addresses = [*map(torch.Tensor.data_ptr, self._outside)]
         return None
-
-    def _changed_attribute(self) -> str:
-        for (get, table, keys), known in zip(self._plain, self._plain_now, strict=True):
-            for key, now, then in zip(keys, get(table), known, strict=True):
-                if now != then:
-                    return f"the attribute '{key}' of a module, which was changed"
-        return "an attribute of a module, which was changed"
 
     def _follow_data(self) -> str | None:
         """Use the memory that tensors have now, after ``tensor.data = ...``."""

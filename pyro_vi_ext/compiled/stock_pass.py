@@ -12,6 +12,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vi_ext.checkpoint import find_modules, undisturbed
+from pyro_vi_ext.compiled.python_state import PythonState
 from pyro_vi_ext.compiled.written import writes_undone
 from pyro_vi_ext.objective import Objective
 
@@ -105,6 +106,12 @@ class StockPass:
             yield
         finally:
             handle.remove()
+
+    def python_state(self) -> PythonState:
+        """What the code of the pass finds outside of its arguments."""
+        return PythonState(
+            self.model, self.guide, self.owner or self.loss_and_grads, *self.all_modules()
+        )
 
     def all_modules(self) -> list[torch.nn.Module]:
         found = {id(m): m for root in self.modules.values() for m in root.modules()}

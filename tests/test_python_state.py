@@ -1,0 +1,318 @@
+"""What code finds outside of its arguments: each kind of place changed once, and other places."""
+
+import argparse
+import functools
+import sys
+import types
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import RenyiELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+
+from pyro_vi_ext.compiled.python_state import PythonState
+
+FACTOR = 0.5
+DATA = torch.ones(3)
+WIDTHS = [0.5, [1.0, 2.0]]
+TABLE = {"width": 0.5, "deep": {"width": 1.0}}
+OPTIONS = argparse.Namespace(width=0.5, unused=1.0, inner=argparse.Namespace(width=0.5))
+settings = types.ModuleType("settings")
+settings.__file__ = __file__
+settings.width, settings.unused = 0.5, 1.0
+loss, mean = 0.1, 0.2  # names of methods that models use, and of nothing else
+
+
+@dataclass
+class Options:
+    width: float = 0.5
+    unused: float = 1.0
+    parts: list = field(default_factory=lambda: [Part()])
+
+
+class Part:
+    width = 0.5
+
+    def scaled(self):
+        return self.width * FACTOR
+
+
+class Base:
+    strength = 0.5
+
+
+class Experiment(Base):
+    def __init__(self):
+        self.width, self.num_steps, self.options = 0.5, 0, Options()
+
+    def model(self, x):
+        width = self.strength * self.width * self.options.width
+        width = width * self.options.parts[0].scaled() * self.doubled
+        return dist.Normal(0.0, width)
+
+    @property
+    def doubled(self):
+        return 2 * WIDTHS[0]
+
+    def count(self):
+        self.num_steps += 1
+
+
+class Net(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.options, self.power = Options(), 2.0
+        self.prior = PyroSample(lambda self: dist.Normal(0.0, FACTOR))
+        self.register_buffer("shift", torch.ones(2))
+
+    def forward(self, x):
+        return x**self.power * self.options.width + helper(x)
+
+
+class Callable:
+    def __init__(self):
+        self.width = 0.5
+
+    def __call__(self, x):
+        return dist.Normal(0.0, self.width)
+
+
+def helper(x):
+    return x.mean() * FACTOR
+
+
+def uses_global(x):
+    return pyro.sample("z", dist.Normal(0.0, FACTOR))
+
+
+def uses_helper(x):
+    return [helper(part) for part in x]
+
+
+def uses_nested(x):
+    return list(map(lambda part: part * FACTOR, x))
+
+
+def uses_data(x):
+    return x + DATA
+
+
+def uses_lists(x):
+    return x * WIDTHS[0] * TABLE["deep"]["width"]
+
+
+def uses_options(x):
+    return x * OPTIONS.width + getattr(OPTIONS.inner, "width")  # noqa: B009
+
+
+def uses_settings(x):
+    return x * settings.width
+
+
+def uses_class(x):
+    return x * Part.width
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Lists as they were, afterwards."""
+    yield
+    WIDTHS[:] = [0.5, WIDTHS[1]]
+    WIDTHS[1][:] = [1.0, 2.0]
+
+
+def set_in(table, key, value):
+    if isinstance(table, list):
+        return lambda monkeypatch: table.__setitem__(key, value)
+    return lambda monkeypatch: monkeypatch.setitem(table, key, value)
+
+
+def set_of(thing, key, value):
+    return lambda monkeypatch: monkeypatch.setattr(thing, key, value)
+
+
+HERE = sys.modules[__name__]
+TO_FACTOR, NEW_FACTOR = set_of(HERE, "FACTOR", 0.6), "the global 'FACTOR'"
+CHANGES = {
+    "global": (uses_global, TO_FACTOR, NEW_FACTOR),
+    "global of a helper": (uses_helper, TO_FACTOR, NEW_FACTOR),
+    "global of a function in it": (uses_nested, TO_FACTOR, NEW_FACTOR),
+    "a helper": (uses_helper, set_of(HERE, "helper", lambda x: x), "the global 'helper'"),
+    "another kind of number": (uses_global, set_of(HERE, "FACTOR", 1), NEW_FACTOR),
+    "data": (uses_data, set_of(HERE, "DATA", torch.ones(3)), "the global 'DATA'"),
+    "element": (uses_lists, set_in(WIDTHS, 0, 0.6), "the global 'WIDTHS'"),
+    "element of an element": (uses_lists, set_in(WIDTHS[1], 1, 0.6), "the global 'WIDTHS'"),
+    "more elements": (uses_lists, set_of(HERE, "WIDTHS", [0.5, 1.0]), "the global 'WIDTHS'"),
+    "entry": (uses_lists, set_in(TABLE, "width", 0.6), "the global 'TABLE'"),
+    "entry of an entry": (uses_lists, set_in(TABLE["deep"], "width", 0.6), "the global 'TABLE'"),
+    "new entry": (uses_lists, set_in(TABLE, "another", 0.6), "the global 'TABLE'"),
+    "namespace": (uses_options, set_of(OPTIONS, "width", 0.6), "'width' of a Namespace"),
+    "by getattr": (uses_options, set_of(OPTIONS.inner, "width", 1), "'width' of a Namespace"),
+    "Python module": (uses_settings, set_of(settings, "width", 0.6), "'width' of settings"),
+    "class": (uses_class, set_of(Part, "width", 0.6), "'width' of Part"),
+    "partial": (functools.partial(uses_global), TO_FACTOR, NEW_FACTOR),
+    "handler": (poutine.mask(uses_global, mask=True), TO_FACTOR, NEW_FACTOR),
+    "decorator of Pyro": (config_enumerate(uses_global), TO_FACTOR, NEW_FACTOR),
+    "cached": (functools.lru_cache(uses_global), TO_FACTOR, NEW_FACTOR),
+    "function of an automatic guide": (AutoNormal(uses_global), TO_FACTOR, NEW_FACTOR),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_change_is_named(case, monkeypatch):
+    root, change, words = CHANGES[case]
+    state = PythonState(root)
+    assert state.change() is None and len(state)
+    change(monkeypatch)
+    assert words in (state.change() or "nothing")
+
+
+OWNERS = {
+    "attribute": lambda e: setattr(e, "width", 0.6),
+    "of the class": lambda e: setattr(type(e), "model", lambda self, x: x),
+    "of a base": lambda e: setattr(Base, "strength", 0.6),
+    "of an object in it": lambda e: setattr(e.options, "width", 0.6),
+    "of an object in its list": lambda e: setattr(e.options.parts[0], "width", 0.6),
+    "of another method": lambda e: setattr(HERE, "FACTOR", 0.6),
+    "of a property": lambda e: WIDTHS.__setitem__(0, 0.6),
+    "an object": lambda e: setattr(e, "options", Options()),
+    "removed": lambda e: delattr(e, "width"),
+}
+
+
+@pytest.mark.parametrize("change", OWNERS.values(), ids=OWNERS)
+def test_methods(change, monkeypatch):
+    for thing, name in ((HERE, "FACTOR"), (Base, "strength"), (Experiment, "model")):
+        monkeypatch.setattr(thing, name, getattr(thing, name))  # as before, afterwards
+    experiment = Experiment()
+    state = PythonState(experiment.model)
+    experiment.count()
+    experiment.options.unused = 2.0
+    assert state.change() is None
+    change(experiment)
+    assert state.change() is not None
+
+
+def test_closures():
+    width = 0.5
+
+    def model(x):
+        return dist.Normal(later, width)
+
+    state = PythonState(model)  # a variable without a value is one too
+    assert state.change() is None
+    later = 1.0
+    assert "'later' in the closure" in state.change()
+    state = PythonState(model)
+    width = 0.6
+    assert "'width' in the closure of" in state.change()
+
+
+def test_handlers_and_objectives():
+    model = poutine.scale(uses_global, scale=0.5)
+    state = PythonState(model)
+    messenger = next(p for p in (*model.args, *model.keywords.values()) if hasattr(p, "scale"))
+    messenger.scale = 0.6
+    assert "'scale' of a ScaleMessenger" in state.change()
+    objective = RenyiELBO(alpha=0.5)
+    state = PythonState(uses_global, objective)
+    objective.alpha = 0.6
+    assert "'alpha' of a RenyiELBO" in state.change()
+
+
+def test_objects_that_are_called():
+    model = Callable()
+    state = PythonState(model)
+    model.width = 0.6
+    assert "'width' of a Callable" in state.change()
+
+
+def test_modules(monkeypatch):
+    """Their tensors and numbers are looked at by programs, what they hold besides is here."""
+    net = Net()
+    state = PythonState(net)
+    net.power, net.shift = 3.0, torch.zeros(2)
+    assert state.change() is None
+    net.options.width = 0.6
+    assert "'width' of a Options" in state.change()
+    state = PythonState(net)
+    monkeypatch.setattr(HERE, "FACTOR", 0.6)  # by forward and by the prior
+    assert NEW_FACTOR in state.change()
+
+
+def test_the_prior_of_a_module(monkeypatch):
+    state = PythonState(PyroModule[torch.nn.Linear](1, 1))
+    assert not len(state)
+    layer = PyroModule[torch.nn.Linear](1, 1)
+    layer.weight = PyroSample(lambda self: dist.Normal(0.0, FACTOR))
+    state = PythonState(layer)
+    monkeypatch.setattr(HERE, "FACTOR", 0.6)
+    assert NEW_FACTOR in state.change()
+
+
+def test_equal_numbers_are_no_change(monkeypatch):
+    state = PythonState(uses_global, uses_lists)
+    monkeypatch.setattr(HERE, "FACTOR", float("0.5"))
+    monkeypatch.setitem(TABLE, "width", float("0.5"))
+    assert state.change() is None
+    monkeypatch.setattr(HERE, "FACTOR", float("nan"))
+    state = PythonState(uses_global)
+    monkeypatch.setattr(HERE, "FACTOR", float("nan"))
+    assert state.change() is None
+
+
+def test_what_code_does_not_use_is_free(monkeypatch):
+    state = PythonState(uses_helper, uses_options, uses_settings)
+    monkeypatch.setattr(HERE, "mean", 0.3)  # x.mean() is another mean
+    monkeypatch.setattr(HERE, "loss", 0.3)
+    monkeypatch.setattr(HERE, "DATA", torch.zeros(3))
+    monkeypatch.setattr(settings, "unused", 2.0)
+    DATA.add_(0.0)
+    assert state.change() is None
+
+
+def test_data_are_not_settings(monkeypatch):
+    """Values of tensors and long lists."""
+    monkeypatch.setattr(HERE, "WIDTHS", [0.0] * 1000)
+    state = PythonState(uses_lists, uses_data)
+    assert len(state) < 20
+    WIDTHS.append(1.0)
+    DATA.mul_(1.0)
+    assert state.change() is None
+
+
+def test_libraries_are_not_looked_at():
+    def model(x):
+        return pyro.sample("z", dist.Normal(np.mean(x), torch.nn.functional.softplus(x)))
+
+    assert len(PythonState(model)) == 0
+
+
+def test_a_model_that_is_installed_is_no_library(tmp_path, monkeypatch):
+    """It may lie where libraries lie: what it is made of is looked at all the same."""
+    from pyro_vi_ext.compiled import python_state
+
+    package = tmp_path / "site" / "their_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "numbers.py").write_text("width = 0.5\ndef scaled(x):\n    return x * width\n")
+    lines = "from . import numbers\ndef model(x):\n    return numbers.scaled(x) * numbers.width\n"
+    (package / "model.py").write_text(lines)
+    folder = str(tmp_path / "site") + "/"
+    monkeypatch.setattr(python_state, "_INSTALLED", (folder,))
+    monkeypatch.setattr(python_state, "_LIBRARIES", (*python_state._LIBRARIES, folder))
+    monkeypatch.syspath_prepend(folder)
+    from their_models import model, numbers
+
+    def mine(x):
+        return model.model(x)
+
+    states = PythonState(model.model), PythonState(mine)
+    numbers.width = 0.6
+    assert "'width'" in states[0].change() and states[1].change() is None
