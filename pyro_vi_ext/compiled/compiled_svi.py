@@ -43,12 +43,11 @@ class CompiledSVI(SVI):
     It is right or it says so. What the graph takes for granted is checked in every step (shapes,
     types, which tensors are parameters and buffers, training mode, hyperparameters, the globals,
     closures and attributes that the code uses); if it has changed, the step is traced again, at
-    most ``max_traces`` times. Two records of the pass with
-    different parameter values must be equal. The compiled step is compared with a plain one from
-    the same state when it is made, and again after 16, 64, 256, ... steps. What Python decides
-    anew in every call cannot be compiled: conditions on values of tensors, shapes that depend on
-    them, NumPy, ``TraceGraph_ELBO`` with decaying-average baselines. docs/fast.md has
-    the list.
+    most ``max_traces`` times. Two records of the pass with different parameter values must be
+    equal. The compiled step is compared with a plain one from the same state when it is made, and
+    again after 16, 64, 256, ... steps. What Python decides anew in every call cannot be compiled:
+    conditions on values of tensors, shapes that depend on them, NumPy, ``TraceGraph_ELBO`` with
+    decaying-average baselines. docs/fast.md has the list.
 
     A step whose loss or gradient is not finite changes no parameter, and raises.
 
