@@ -25,6 +25,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 )
+os.environ.setdefault("NPROC", "1")  # of XLA's pool, which the flags leave alone
 
 import math
 import platform
@@ -44,6 +45,7 @@ from pyro_vi_ext.cavi import CAVI, StochasticCAVI
 from pyro_vi_ext.cavi.stochastic import CHUNK
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # of processor time it costs more
 
 
 def mixture(x, num_components, full, joint=False):
