@@ -1,6 +1,8 @@
 """What code finds outside of its arguments: each kind of place changed once, and other places."""
 
 import argparse
+import collections
+import contextlib
 import functools
 import sys
 import types
@@ -12,12 +14,14 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer import RenyiELBO, config_enumerate
+from pyro.infer import RenyiELBO, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 
+from pyro_vi_ext.compiled.executed_code import ExecutedCode
 from pyro_vi_ext.compiled.python_state import PythonState
 
+X = torch.ones(3)
 FACTOR = 0.5
 DATA = torch.ones(3)
 WIDTHS = [0.5, [1.0, 2.0]]
@@ -119,6 +123,15 @@ def uses_class(x):
     return x * Part.width
 
 
+def state_of(*roots, run=None):
+    """What the roots find when they are called, or when something else is."""
+    executed = ExecutedCode(*roots)
+    with executed.watched():
+        for root in [run] if run else roots:
+            root(X)
+    return PythonState(executed, *roots)
+
+
 @pytest.fixture(autouse=True)
 def as_before():
     """Lists as they were, afterwards."""
@@ -167,7 +180,7 @@ CHANGES = {
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_change_is_named(case, monkeypatch):
     root, change, words = CHANGES[case]
-    state = PythonState(root)
+    state = state_of(root)
     assert state.change() is None and len(state)
     change(monkeypatch)
     assert words in (state.change() or "nothing")
@@ -175,7 +188,6 @@ def test_a_change_is_named(case, monkeypatch):
 
 OWNERS = {
     "attribute": lambda e: setattr(e, "width", 0.6),
-    "of the class": lambda e: setattr(type(e), "model", lambda self, x: x),
     "of a base": lambda e: setattr(Base, "strength", 0.6),
     "of an object in it": lambda e: setattr(e.options, "width", 0.6),
     "of an object in its list": lambda e: setattr(e.options.parts[0], "width", 0.6),
@@ -188,10 +200,10 @@ OWNERS = {
 
 @pytest.mark.parametrize("change", OWNERS.values(), ids=OWNERS)
 def test_methods(change, monkeypatch):
-    for thing, name in ((HERE, "FACTOR"), (Base, "strength"), (Experiment, "model")):
+    for thing, name in ((HERE, "FACTOR"), (Base, "strength")):
         monkeypatch.setattr(thing, name, getattr(thing, name))  # as before, afterwards
     experiment = Experiment()
-    state = PythonState(experiment.model)
+    state = state_of(experiment.model)
     experiment.count()
     experiment.options.unused = 2.0
     assert state.change() is None
@@ -205,70 +217,240 @@ def test_closures():
     def model(x):
         return dist.Normal(later, width)
 
-    state = PythonState(model)  # a variable without a value is one too
-    assert state.change() is None
+    def attempt(x):
+        with contextlib.suppress(NameError):
+            model(x)
+
+    state = state_of(model, run=attempt)
+    assert state.change() is None  # a variable without a value is one too
     later = 1.0
     assert "'later' in the closure" in state.change()
-    state = PythonState(model)
+    state = state_of(model)
     width = 0.6
     assert "'width' in the closure of" in state.change()
 
 
 def test_handlers_and_objectives():
     model = poutine.scale(uses_global, scale=0.5)
-    state = PythonState(model)
+    state = state_of(model)
     messenger = next(p for p in (*model.args, *model.keywords.values()) if hasattr(p, "scale"))
     messenger.scale = 0.6
     assert "'scale' of a ScaleMessenger" in state.change()
-    objective = RenyiELBO(alpha=0.5)
-    state = PythonState(uses_global, objective)
-    objective.alpha = 0.6
-    assert "'alpha' of a RenyiELBO" in state.change()
+
+
+def uses_data_and_parameter(x):
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+class Tempered(Trace_ELBO):
+    """Its own attributes, and those that its base reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.unread, self.options = 1.0, {"strength": 0.5}
+
+    def differentiable_loss(self, *args):
+        return self.options["strength"] * super().differentiable_loss(*args)
+
+
+SET = {
+    "alpha": (RenyiELBO, lambda o: setattr(o, "alpha", 0.6), "'alpha' of a RenyiELBO"),
+    "particles": (Tempered, lambda o: setattr(o, "num_particles", 3), "'num_particles' of a"),
+    "of a subclass": (Tempered, lambda o: o.options.update(strength=1), "'options' of a Tempered"),
+}
+
+
+@pytest.mark.parametrize("case", SET)
+def test_objectives(case):
+    make, change, words = SET[case]
+    objective = make(alpha=0.5, num_particles=2) if make is RenyiELBO else make()
+    model = uses_data_and_parameter
+    entry = getattr(objective, "differentiable_loss", objective.loss_and_grads)
+    loss = lambda x: entry(model, model, x)  # noqa: E731
+    state = state_of(model, objective, run=loss)
+    objective.unread = 2.0
+    assert state.change() is None
+    change(objective)
+    assert words in state.change()
 
 
 def test_objects_that_are_called():
     model = Callable()
-    state = PythonState(model)
+    state = state_of(model)
     model.width = 0.6
     assert "'width' of a Callable" in state.change()
 
 
 def test_modules(monkeypatch):
-    """Their tensors and numbers are looked at by programs, what they hold besides is here."""
+    """Their tensors are looked at by programs, what they hold besides is here."""
     net = Net()
-    state = PythonState(net)
-    net.power, net.shift = 3.0, torch.zeros(2)
+    state = state_of(net)
+    net.unread, net.shift = 3.0, torch.zeros(2)
     assert state.change() is None
+    net.power = 3.0
+    assert "'power' of a Net" in state.change()
+    state = state_of(net)
     net.options.width = 0.6
     assert "'width' of a Options" in state.change()
-    state = PythonState(net)
+    state = state_of(net)
     monkeypatch.setattr(HERE, "FACTOR", 0.6)  # by forward and by the prior
     assert NEW_FACTOR in state.change()
 
 
+def layer_with(prior):
+    layer = PyroModule[torch.nn.Linear](3, 1)
+    layer.weight = PyroSample(prior)
+    return layer
+
+
 def test_the_prior_of_a_module(monkeypatch):
-    state = PythonState(PyroModule[torch.nn.Linear](1, 1))
-    assert not len(state)
-    layer = PyroModule[torch.nn.Linear](1, 1)
-    layer.weight = PyroSample(lambda self: dist.Normal(0.0, FACTOR))
-    state = PythonState(layer)
+    layer = layer_with(lambda self: dist.Normal(0.0, FACTOR).expand([1, 3]).to_event(2))
+    state = state_of(layer)
+    layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    assert "'_pyro_samples'" in state.change()
+    layer = layer_with(lambda self: dist.Normal(0.0, FACTOR).expand([1, 3]).to_event(2))
+    state = state_of(layer)
     monkeypatch.setattr(HERE, "FACTOR", 0.6)
     assert NEW_FACTOR in state.change()
 
 
+class Scaled(dist.Normal):
+    """A distribution of the user's, with settings of the class, made by an operator."""
+
+    strength = 0.5
+
+    def log_prob(self, value):
+        return self.strength * FACTOR * super().log_prob(value)
+
+
+class Made:
+    def __mul__(self, other):
+        return other * FACTOR
+
+    def __enter__(self):
+        return WIDTHS[0]
+
+    def __exit__(self, *exc_info):
+        pass
+
+
+class Slots:
+    __slots__ = ("unread", "width")
+
+    def __init__(self):
+        self.width, self.unread = 0.5, 1.0
+
+
+class Like(collections.UserDict):
+    """Configuration as libraries make it."""
+
+    def __getattr__(self, name):
+        if name == "data":
+            raise AttributeError(name)
+        return self.data[name]
+
+
+def uses_set(x):
+    return x * (0.5 in CHOICES)
+
+
+def uses_import(x):
+    import their_settings
+
+    return x * their_settings.width
+
+
+OBSERVED = {"z": torch.tensor(0.5)}
+MADE, SLOTS, LIKE, CHOICES = Made(), Slots(), Like(width=0.5), {0.5, 1.0}
+ACTIVATION = torch.tanh
+their_settings = types.ModuleType("their_settings")
+their_settings.__file__, their_settings.width = __file__, 0.5
+sys.modules["their_settings"] = their_settings
+NEW_LIKE = set_of(HERE, "LIKE", Like(width=0.6))
+UNNAMED = {
+    "method of a distribution": (lambda x: Scaled(0.0, 1.0).log_prob(x), TO_FACTOR, NEW_FACTOR),
+    "class of a distribution": (
+        lambda x: Scaled(0.0, 1.0).log_prob(x),
+        set_of(Scaled, "strength", 0.6),
+        "'strength' of Scaled",
+    ),
+    "operator": (lambda x: MADE * x, TO_FACTOR, NEW_FACTOR),
+    "with": (lambda x: MADE.__enter__(), set_in(WIDTHS, 0, 0.6), "the global 'WIDTHS'"),
+    "slots": (lambda x: x * SLOTS.width, set_of(SLOTS, "width", 0.6), "'width' of a Slots"),
+    "like a dict": (
+        lambda x: x * LIKE.width,
+        lambda monkeypatch: LIKE.update(width=0.7),
+        "'data' of a Like",
+    ),
+    "another object": (lambda x: x * LIKE.width, NEW_LIKE, "the global 'LIKE'"),
+    "set": (uses_set, lambda monkeypatch: CHOICES.discard(0.5), "the global 'CHOICES'"),
+    "function of torch": (
+        lambda x: ACTIVATION(x),
+        set_of(HERE, "ACTIVATION", torch.sigmoid),
+        "the global 'ACTIVATION'",
+    ),
+    "import": (uses_import, set_of(their_settings, "width", 0.6), "'width' of their_settings"),
+    "asked for": (
+        lambda x: x * getattr(SLOTS, "strength", getattr(OPTIONS, "strength", 1.0)),
+        lambda monkeypatch: monkeypatch.setattr(OPTIONS, "width", 0.6),
+        None,
+    ),
+    "absent": (
+        lambda x: x * getattr(MADE, "strength", 1.0),
+        lambda monkeypatch: monkeypatch.setattr(MADE, "strength", 0.6, raising=False),
+        "'strength' of a Made",
+    ),
+    "small array": (
+        lambda x: x * float(NUMBERS[0]),
+        lambda monkeypatch: NUMBERS.__setitem__(0, 0.7),
+        "the global 'NUMBERS'",
+    ),
+    "condition": (
+        poutine.condition(uses_global, data=OBSERVED),
+        set_in(OBSERVED, "z", torch.tensor(0.7)),
+        "'data' of a ConditionMessenger",
+    ),
+}
+NUMBERS = np.array([0.5, 1.0])
+
+
+@pytest.mark.parametrize("case", UNNAMED)
+def test_what_is_run_without_being_named(case, monkeypatch):
+    root, change, words = UNNAMED[case]
+    state = state_of(root)
+    assert state.change() is None
+    change(monkeypatch)
+    found = state.change()
+    assert found is None if words is None else words in (found or "nothing"), found
+
+
+def test_what_the_pass_counts_itself():
+    calls, history = [0], []
+
+    def model(x):
+        calls[0] += 1
+        history.append(x)
+
+    state = state_of(model)
+    model(X)
+    assert "'calls' in the closure" in state.counted()
+    calls[0] -= 1
+    assert state.counted() is None and state.change()  # a list that grows is no number
+
+
 def test_equal_numbers_are_no_change(monkeypatch):
-    state = PythonState(uses_global, uses_lists)
+    state = state_of(uses_global, uses_lists)
     monkeypatch.setattr(HERE, "FACTOR", float("0.5"))
     monkeypatch.setitem(TABLE, "width", float("0.5"))
     assert state.change() is None
     monkeypatch.setattr(HERE, "FACTOR", float("nan"))
-    state = PythonState(uses_global)
+    state = state_of(uses_helper)
     monkeypatch.setattr(HERE, "FACTOR", float("nan"))
     assert state.change() is None
 
 
 def test_what_code_does_not_use_is_free(monkeypatch):
-    state = PythonState(uses_helper, uses_options, uses_settings)
+    state = state_of(uses_helper, uses_options, uses_settings)
     monkeypatch.setattr(HERE, "mean", 0.3)  # x.mean() is another mean
     monkeypatch.setattr(HERE, "loss", 0.3)
     monkeypatch.setattr(HERE, "DATA", torch.zeros(3))
@@ -280,7 +462,7 @@ def test_what_code_does_not_use_is_free(monkeypatch):
 def test_data_are_not_settings(monkeypatch):
     """Values of tensors and long lists."""
     monkeypatch.setattr(HERE, "WIDTHS", [0.0] * 1000)
-    state = PythonState(uses_lists, uses_data)
+    state = state_of(uses_lists, uses_data)
     assert len(state) < 20
     WIDTHS.append(1.0)
     DATA.mul_(1.0)
@@ -289,14 +471,14 @@ def test_data_are_not_settings(monkeypatch):
 
 def test_libraries_are_not_looked_at():
     def model(x):
-        return pyro.sample("z", dist.Normal(np.mean(x), torch.nn.functional.softplus(x)))
+        return pyro.sample("z", dist.Normal(np.float64(1.0), torch.nn.functional.softplus(x)))
 
-    assert len(PythonState(model)) == 0
+    assert len(state_of(model)) == 2  # its own code and defaults
 
 
 def test_a_model_that_is_installed_is_no_library(tmp_path, monkeypatch):
     """It may lie where libraries lie: what it is made of is looked at all the same."""
-    from pyro_vi_ext.compiled import python_state
+    from pyro_vi_ext.compiled import executed_code
 
     package = tmp_path / "site" / "their_models"
     package.mkdir(parents=True)
@@ -305,14 +487,13 @@ def test_a_model_that_is_installed_is_no_library(tmp_path, monkeypatch):
     lines = "from . import numbers\ndef model(x):\n    return numbers.scaled(x) * numbers.width\n"
     (package / "model.py").write_text(lines)
     folder = str(tmp_path / "site") + "/"
-    monkeypatch.setattr(python_state, "_INSTALLED", (folder,))
-    monkeypatch.setattr(python_state, "_LIBRARIES", (*python_state._LIBRARIES, folder))
+    monkeypatch.setattr(executed_code, "_INSTALLED", (folder,))
     monkeypatch.syspath_prepend(folder)
     from their_models import model, numbers
 
     def mine(x):
         return model.model(x)
 
-    states = PythonState(model.model), PythonState(mine)
+    states = state_of(model.model), state_of(mine)
     numbers.width = 0.6
     assert "'width'" in states[0].change() and states[1].change() is None

@@ -41,6 +41,11 @@ class Arguments:
         self._others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         self.key = (self._spec, *map(_kind, leaves))
 
+    @property
+    def objects(self) -> list:
+        """What is neither a tensor nor a number or string."""
+        return [kind.thing for kind in self.key if type(kind) is _Same]
+
     def are(self, args: tuple) -> bool:
         """Whether ``args`` are these very tensors, with the shapes and the memory they had."""
         return (

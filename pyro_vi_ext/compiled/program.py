@@ -14,8 +14,8 @@ from pyro.optim import PyroOptim
 from pyro_vi_ext.compiled.arguments import Arguments
 from pyro_vi_ext.compiled.backends import compiled
 from pyro_vi_ext.compiled.capture import Capture, capture
-from pyro_vi_ext.compiled.fingerprint import fingerprint
 from pyro_vi_ext.compiled.optimizer_state import OptimizerState
+from pyro_vi_ext.compiled.refusal import CannotCompile
 from pyro_vi_ext.compiled.step_graph import StepGraph, loop_graph, step_graph
 from pyro_vi_ext.compiled.stock_pass import StockPass
 from pyro_vi_ext.objective import Objective
@@ -47,7 +47,15 @@ class Program:
         start = time.perf_counter()
         self.entries = leaves
         leaves = {name: leaf for leaf, name in {leaf: n for n, leaf in leaves.items()}.items()}
+        self._objects = arguments.objects
+        before = stock.python_state(*self._objects)
         self.capture: Capture = capture(stock.symbolic, leaves, arguments, stock.modules)
+        counted = before.counted()
+        if counted is not None:
+            raise CannotCompile(
+                f"The pass changes {counted}, which a graph does not do. Count between the steps, "
+                "or hold the number in a tensor that is updated in place."
+            )
         trained = [leaves[name] for name in self.capture.trained]
         #: Leaves that had a gradient in a step of another kind: zero now, as Pyro leaves it.
         self.idle = {
@@ -86,14 +94,6 @@ class Program:
         )
         self.take_guards()
 
-    def is_like(self, other: Program) -> bool:
-        """Whether another program does the same with tensors of the same kind."""
-        return (
-            fingerprint(self.graph.graph) == fingerprint(other.graph.graph)
-            and len(self.graph.inputs) == len(other.graph.inputs)
-            and all(map(_same_kind, self.graph.inputs, other.graph.inputs))
-        )
-
     # What the graph takes for granted.
 
     def take_guards(self) -> None:
@@ -115,10 +115,8 @@ class Program:
                         self._tables.append(table)
                         self._keys.append(key)
                         self._held.append(value)
-        self._plain = [_plain_attributes(module) for module in modules]
-        self._plain_now = [get(table) for get, table, _ in self._plain]
         self._constants = [(t, t._version, t.detach().clone()) for t, _ in self.capture.constants]
-        self._python = self.stock.python_state()
+        self._python = self.stock.python_state(*self._objects)
 
     def why_stale(self) -> str | None:
         """What has changed since the graph was made and cannot be followed, if anything has."""
@@ -135,6 +133,9 @@ class Program:
             reason = self._follow_data()
             if reason is not None:
                 return reason
+        change = self._python.change()
+        if change is not None:
+            return f"{change}, which was changed"
         for k, (tensor, version, value) in enumerate(self._constants):
             if tensor._version != version:
                 if not torch.equal(tensor, value):
@@ -143,16 +144,6 @@ class Program:
         if self.optimizer is not None and not self.optimizer.current():
             return "the optimizer, which has another state or other hyperparameters"
         return None
-
-    def changed(self) -> str | None:
-        """What code of model, guide or objective would find changed, if it ran again."""
-        if [get(table) for get, table, _ in self._plain] != self._plain_now:
-            for (get, table, keys), known in zip(self._plain, self._plain_now, strict=True):
-                for key, now, then in zip(keys, get(table), known, strict=True):
-                    if now != then:
-                        return f"the attribute '{key}' of a module, which was changed"
-        change = self._python.change()
-        return None if change is None else f"{change}, which was changed"
 
     def _follow_attributes(self) -> str | None:
         """Use the tensors that modules have now; why not, if that is impossible."""
@@ -253,16 +244,6 @@ class Program:
         if not any(inside):
             self._are_apart = tensors
         return [t.clone() if k else t for t, k in zip(tensors, inside, strict=True)]
-
-
-_PLAIN = {int, float, bool, str, type(None)}
-
-
-def _plain_attributes(module: torch.nn.Module):
-    """A function of the module's ``__dict__`` that returns its numbers and strings, and names."""
-    keys = [key for key, value in vars(module).items() if type(value) in _PLAIN]
-    keys += ["training"] * (2 - len(keys))  # so that the values come as a tuple
-    return operator.itemgetter(*keys), module.__dict__, keys
 
 
 def _same_kind(a, b) -> bool:

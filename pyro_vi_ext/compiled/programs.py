@@ -27,7 +27,7 @@ logger = logging.getLogger("pyro_vi_ext.compiled")
 class Programs:
     """Looks up the program for arguments; makes it, and makes it again when it is out of date.
 
-    :param max_traces: how many different graphs may be made.
+    :param max_traces: how many graphs may be made.
     """
 
     def __init__(self, stock: StockPass, optim: PyroOptim | None, backend: str, max_traces: int):
@@ -61,23 +61,19 @@ class Programs:
         else:
             key = (arguments.key, *modes)
             self._latest = arguments, modes, key
-        program, changed = self.known.get(key), None
+        program = self.known.get(key)
         reason = "the first step" if not self.known else "arguments of another kind"
         if program is not None:
             reason = program.why_stale()
-            changed = program.changed() if reason is None else None
-            if reason is None and changed is None:
+            if reason is None:
                 program.num_steps += num_steps
                 if program.num_steps >= program.next_check:
                     program.next_check = _next_check(program.num_steps)
                     self._verify(key, args, kwargs, arguments)
                 return program, arguments
-        old, program = program, self._make(args, kwargs, arguments, reason or changed)
-        if changed is not None and old.is_like(program):
-            self.num_traces -= 1  # what has changed, a counter perhaps, is not in the graph
-        self.known[key] = program
+        program = self.known[key] = self._make(args, kwargs, arguments, reason)
         self._verify(key, args, kwargs, arguments)
-        self._report(program, reason or changed)
+        self._report(program, reason)
         program.num_steps += num_steps
         program.next_check = _next_check(program.num_steps)
         return program, arguments

@@ -12,6 +12,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vi_ext.checkpoint import find_modules, undisturbed
+from pyro_vi_ext.compiled.executed_code import ExecutedCode
 from pyro_vi_ext.compiled.python_state import PythonState
 from pyro_vi_ext.compiled.written import writes_undone
 from pyro_vi_ext.objective import Objective
@@ -29,6 +30,7 @@ class StockPass:
     def __init__(self, model: Callable, guide: Callable, loss_and_grads: Callable):
         self.model, self.guide, self.loss_and_grads = model, guide, loss_and_grads
         self.owner = getattr(loss_and_grads, "__self__", None)
+        self.executed = ExecutedCode(model, guide)
         self.modules = find_modules(model=model, guide=guide, loss=self.owner or loss_and_grads)
 
     def __call__(self, *args, **kwargs):
@@ -79,6 +81,7 @@ class StockPass:
                 known_entries_kept(self.modules),
                 known_buffers_kept(self.modules),
                 self.watching_modules(),
+                self.executed.watched(),
                 poutine.trace(param_only=True) as captured,
             ):
                 self(*args, **kwargs)
@@ -107,11 +110,11 @@ class StockPass:
         finally:
             handle.remove()
 
-    def python_state(self) -> PythonState:
+    def python_state(self, *arguments) -> PythonState:
         """What the code of the pass finds outside of its arguments."""
-        return PythonState(
-            self.model, self.guide, self.owner or self.loss_and_grads, *self.all_modules()
-        )
+        loss = self.owner or self.loss_and_grads
+        modules = self.all_modules()
+        return PythonState(self.executed, self.model, self.guide, loss, *modules, *arguments)
 
     def all_modules(self) -> list[torch.nn.Module]:
         found = {id(m): m for root in self.modules.values() for m in root.modules()}
