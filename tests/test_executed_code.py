@@ -126,3 +126,15 @@ def test_a_profiler_at_work_is_left_alone():
     assert sys.getprofile() is before and not executed.own
     profiler.disable()
     assert watched(model, torch.ones(2)).own and sys.getprofile() is None
+
+
+def test_modules_that_a_pass_imports_first_are_not_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "imported_first.py").write_text("step = 1\ndef run(x): return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def imports(x):
+        import imported_first
+
+        return imported_first.run(x)
+
+    assert {code.co_name for code in watched(imports, 1).own} == {"imports", "run"}

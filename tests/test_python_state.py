@@ -1,9 +1,11 @@
 """What code finds outside of its arguments: each kind of place changed once, and other places."""
 
 import argparse
+import builtins
 import collections
 import contextlib
 import functools
+import operator
 import sys
 import types
 from dataclasses import dataclass, field
@@ -14,10 +16,13 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, config_enumerate
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
+from torch.distributions import AffineTransform, biject_to, constraints
 
+from pyro_vi_ext.compiled import python_state
 from pyro_vi_ext.compiled.executed_code import ExecutedCode
 from pyro_vi_ext.compiled.python_state import PythonState
 
@@ -38,6 +43,11 @@ class Options:
     width: float = 0.5
     unused: float = 1.0
     parts: list = field(default_factory=lambda: [Part()])
+
+
+@dataclass
+class Width:
+    width: float = 0.5
 
 
 class Part:
@@ -132,10 +142,17 @@ def state_of(*roots, run=None):
     return PythonState(executed, *roots)
 
 
+def refill(table, entries):
+    table.clear()
+    table.update(entries)
+
+
 @pytest.fixture(autouse=True)
 def as_before():
-    """Lists as they were, afterwards."""
+    """Lists and dicts as they were, afterwards."""
+    table = dict(TABLE)
     yield
+    refill(TABLE, table)
     WIDTHS[:] = [0.5, WIDTHS[1]]
     WIDTHS[1][:] = [1.0, 2.0]
 
@@ -424,6 +441,201 @@ def test_what_is_run_without_being_named(case, monkeypatch):
     assert found is None if words is None else words in (found or "nothing"), found
 
 
+WIDTH, ONE = "width", 1.0
+ASKS = operator.attrgetter("width")
+
+
+class Meta(type):
+    width = 0.5
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
+def uses_from_import(x):
+    from their_settings import width
+
+    return x * width
+
+
+def uses_absent(x):
+    with contextlib.suppress(NameError):
+        return x * LATER  # noqa: F821
+    return len(x)
+
+
+def with_keyword(x, *, width=0.5):
+    return x * width
+
+
+PARTIAL = functools.partial(with_keyword, width=0.5)
+HERE_MODULE = types.SimpleNamespace(activation=torch.tanh, mean=0.5)
+MORE = {
+    "equal, of another type": (lambda x: x * ONE, set_of(HERE, "ONE", 1), "the global 'ONE'"),
+    "by a name from elsewhere": (
+        lambda x: x * getattr(OPTIONS, WIDTH),
+        set_of(OPTIONS, "width", 0.6),
+        "'width' of a Namespace",
+    ),
+    "attrgetter": (
+        lambda x: x * ASKS(OPTIONS),
+        set_of(OPTIONS, "width", 0.6),
+        "'width' of a Namespace",
+    ),
+    "keywords of a partial": (
+        PARTIAL,
+        lambda monkeypatch: monkeypatch.setitem(PARTIAL.keywords, "width", 0.6),
+        "an argument",
+    ),
+    "keyword's default": (
+        with_keyword,
+        lambda monkeypatch: monkeypatch.setitem(with_keyword.__kwdefaults__, "width", 0.6),
+        "a default of with_keyword",
+    ),
+    "defaults": (
+        uses_global,
+        set_of(uses_global, "__defaults__", (1,)),
+        "__defaults__ of uses_global",
+    ),
+    "metaclass": (lambda x: x * OfMeta.width, set_of(Meta, "width", 0.6), "'width' of Meta"),
+    "called attribute": (
+        lambda x: HERE_MODULE.activation(x),
+        set_of(HERE_MODULE, "activation", torch.sigmoid),
+        "'activation' of a SimpleNamespace",
+    ),
+    "number with the name of a method": (
+        lambda x: HERE_MODULE.activation(x).mean(),
+        set_of(HERE_MODULE, "mean", 0.6),
+        None,
+    ),
+    "another key": (
+        uses_lists,
+        lambda monkeypatch: refill(TABLE, {"other": TABLE["width"], "deep": TABLE["deep"]}),
+        "the global 'TABLE'",
+    ),
+    "import from": (
+        uses_from_import,
+        set_of(their_settings, "width", 0.6),
+        "'width' of their_settings",
+    ),
+    "absent global": (
+        uses_absent,
+        lambda monkeypatch: monkeypatch.setattr(HERE, "LATER", 0.5, raising=False),
+        "the global 'LATER'",
+    ),
+    "builtin": (lambda x: len(x), set_of(builtins, "license", 1), None),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_odd_places(case, monkeypatch):
+    root, change, words = MORE[case]
+    state = state_of(root)
+    assert state.change() is None
+    change(monkeypatch)
+    found = state.change()
+    assert found is None if words is None else words in (found or "nothing"), found
+
+
+def test_builtins_are_not_watched():
+    assert len(state_of(lambda x: len(x) + abs(1))) == 2  # code and defaults
+
+
+def closures(width):
+    """Functions with a variable in a closure, each reached in another way."""
+
+    def model(x):
+        return x * width
+
+    class Owner:
+        @property
+        def width(self):
+            return width
+
+        def model(self, x):
+            return x * width
+
+        @staticmethod
+        def fixed(x):
+            return x * width
+
+    def change():
+        nonlocal width
+        width += 0.1
+
+    owner = Owner()
+    return {
+        "decorator of Pyro": config_enumerate(model),
+        "cached": functools.lru_cache(model),
+        "method": owner.model,
+        "property": lambda x: x * owner.width,
+        "staticmethod": lambda x: owner.fixed(x),
+        "handler": poutine.mask(model, mask=True),
+    }, change
+
+
+@pytest.mark.parametrize("way", closures(0.5)[0])
+def test_closures_of_functions_that_are_reached(way, monkeypatch):
+    """Without a look at everything that is in memory."""
+    monkeypatch.setattr(python_state._Walk, "_visit_unreached", lambda self: None)
+    roots, change = closures(0.5)
+    state = state_of(roots[way])
+    assert state.change() is None
+    change()
+    assert "'width' in the closure of closures" in state.change()
+
+
+def test_a_function_that_only_a_library_knows():
+    width = 0.5
+
+    class Positive(constraints.Constraint):
+        pass
+
+    @biject_to.register(Positive)
+    def transform(constraint):
+        return AffineTransform(0.0, width)
+
+    state = state_of(lambda x: biject_to(Positive())(x))
+    assert state.change() is None
+    width = 0.6
+    assert "'width' in the closure" in state.change()
+
+
+def test_a_loss_that_svi_has_wrapped():
+    """Its wrapper says nothing but by its closure."""
+    objective = Tempered()
+    svi = SVI(
+        uses_data_and_parameter,
+        uses_data_and_parameter,
+        pyro.optim.Adam({"lr": 0.1}),
+        objective.differentiable_loss,
+    )
+    wrapper = svi.loss_and_grads
+    run = lambda x: wrapper(svi.model, svi.guide, x)  # noqa: E731
+    state = state_of(wrapper, run=run)
+    objective.options["strength"] = 0.6
+    assert "'options' of a Tempered" in state.change()
+
+
+def test_defaults_of_a_method_without_a_name():
+    state = state_of(lambda x: x * Width().width)
+    defaults = Width.__init__.__defaults__
+    Width.__init__.__defaults__ = (0.6,)
+    try:
+        assert "__defaults__ of Width.__init__" in state.change()
+    finally:
+        Width.__init__.__defaults__ = defaults
+
+
+def test_strategies_of_reparam():
+    config = {"z": LocScaleReparam(centered=0.5)}
+    state = state_of(poutine.reparam(uses_global, config=config))
+    assert state.change() is None
+    config["z"].centered = 0.6
+    assert "'centered' of a LocScaleReparam" in state.change()
+
+
 def test_what_the_pass_counts_itself():
     calls, history = [0], []
 
@@ -436,6 +648,29 @@ def test_what_the_pass_counts_itself():
     assert "'calls' in the closure" in state.counted()
     calls[0] -= 1
     assert state.counted() is None and state.change()  # a list that grows is no number
+
+
+def test_an_object_that_counts_its_calls():
+    class Counts(Callable):
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return self.width
+
+    model = Counts()
+    state = state_of(model)
+    assert state.counted() is None
+    model(X)
+    assert "'calls' of a Counts" in state.counted()
+
+
+def test_what_libraries_count_is_their_own_affair():
+    objective = RenyiELBO(alpha=0.5, num_particles=2)
+    model = uses_data_and_parameter
+    state = state_of(model, objective, run=lambda x: objective.loss_and_grads(model, model, x))
+    objective.alpha = 0.6
+    assert state.counted() is None and state.change()
 
 
 def test_equal_numbers_are_no_change(monkeypatch):

@@ -119,7 +119,7 @@ def names_in(code: CodeType) -> tuple[frozenset[str], Names, frozenset[str]]:
     """Names of the globals that code uses, of attributes, and of modules that it imports."""
     found, names, imported, strings = set(), Names(), set(), set()
     for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             found.add(step.argval)
         elif step.opname == "LOAD_METHOD":
             names.methods.add(step.argval)
