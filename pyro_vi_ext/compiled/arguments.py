@@ -68,8 +68,11 @@ class Arguments:
         return pytree.tree_unflatten(leaves, self._spec)
 
 
+_STRIDED = torch.strided
+
+
 def _place(x: torch.Tensor):
-    return x.shape, x.data_ptr() if x.layout is torch.strided else None
+    return x.shape, x.data_ptr() if x.layout is _STRIDED else None
 
 
 class _TensorKind(tuple):

@@ -95,7 +95,9 @@ def _inductor(graph: GraphModule, inputs: list) -> Callable:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with torch.no_grad(), config.patch(options):
         examples = stand_ins(mode, inputs)
-        return compile_fx(graph, examples, config_patches=options, decompositions=_decompositions())
+        code = compile_fx(graph, examples, config_patches=options, decompositions=_decompositions())
+    # Around it is a switch for torch.compile, which has nothing to look at in here.
+    return getattr(code, "_torchdynamo_orig_callable", code)
 
 
 def _decompositions() -> dict:

@@ -24,6 +24,8 @@ __all__ = ["Program"]
 
 logger = logging.getLogger("pyro_vi_ext.compiled")
 
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
 
 class Program:
     """The step for arguments of one kind.
@@ -104,7 +106,7 @@ class Program:
         known = {id(p): p for p in self._leaves}
         known |= {id(p): p for module in modules for p in module.parameters(recurse=False)}
         self._watched = list(known.values())
-        self._requires = [leaf.requires_grad for leaf in self._watched]
+        self._requires = [*map(_REQUIRES_GRAD, self._watched)]
 
         places = {id(tensor): k for k, tensor in enumerate(self._live)}
         self._tables, self._keys, self._held = [], [], []
@@ -123,7 +125,7 @@ class Program:
         stored = pyro.get_param_store()._params
         if not all(map(operator.is_, map(stored.get, self._names), self._leaves)):
             return "a parameter that was replaced in the store"
-        if [leaf.requires_grad for leaf in self._watched] != self._requires:
+        if [*map(_REQUIRES_GRAD, self._watched)] != self._requires:
             return "requires_grad of a parameter that was changed"
         if not all(map(operator.is_, map(dict.get, self._tables, self._keys), self._held)):
             reason = self._follow_attributes()

@@ -243,7 +243,8 @@ class _Walk:
         if own:
             self._named(vars(function), self.own_names, f"'{{}}' of {name}")
             for key in ("__code__", "__defaults__"):
-                self._watch(_Getter(function, key), key, f"{{}} of {name}", True)
+                if getattr(function, key) is not None:
+                    self._watch(_Getter(function, key), key, f"{{}} of {name}", True)
             if function.__kwdefaults__:
                 self._elements(function.__kwdefaults__, f"a default of {name}", True)
 
