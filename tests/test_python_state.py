@@ -431,16 +431,6 @@ UNNAMED = {
 NUMBERS = np.array([0.5, 1.0])
 
 
-@pytest.mark.parametrize("case", UNNAMED)
-def test_what_is_run_without_being_named(case, monkeypatch):
-    root, change, words = UNNAMED[case]
-    state = state_of(root)
-    assert state.change() is None
-    change(monkeypatch)
-    found = state.change()
-    assert found is None if words is None else words in (found or "nothing"), found
-
-
 WIDTH, ONE = "width", 1.0
 ASKS = operator.attrgetter("width")
 
@@ -532,9 +522,12 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("case", MORE)
-def test_odd_places(case, monkeypatch):
-    root, change, words = MORE[case]
+PLACES = {**UNNAMED, **MORE}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places_that_are_not_named_or_odd(case, monkeypatch):
+    root, change, words = PLACES[case]
     state = state_of(root)
     assert state.change() is None
     change(monkeypatch)
